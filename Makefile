@@ -1,0 +1,124 @@
+# blkstack. Targets: all check check-rt check-kernel bench lint format install help
+#
+# BUILD=release (default) | debug | asan | tsan | cov | fuzz. Everything built lands in build/ for
+# release and build-$(BUILD)/ for the others. V=1 shows the commands.
+
+VERSION  := 0.1.0
+BUILD    ?= release
+PREFIX   ?= /usr/local
+SBINDIR  ?= $(PREFIX)/sbin
+BINDIR   ?= $(PREFIX)/bin
+MANDIR   ?= $(PREFIX)/share/man
+SYSCONFDIR ?= /etc
+UNITDIR  ?= /usr/lib/systemd/system
+CC       ?= gcc
+PKG_CONFIG ?= pkg-config
+
+LIB_PKGS    := jansson liburing
+DAEMON_PKGS := libconfig libsystemd
+TEST_PKGS   := check libnbd
+
+O := $(if $(filter release,$(BUILD)),build,build-$(BUILD))
+
+CFLAGS_release := -O2 -g -D_FORTIFY_SOURCE=2
+CFLAGS_debug   := -O0 -g3
+CFLAGS_asan    := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+CFLAGS_tsan    := -O1 -g -fno-omit-frame-pointer -fsanitize=thread
+CFLAGS_cov     := -O0 -g --coverage
+CFLAGS_fuzz    := -O1 -g -fsanitize=fuzzer-no-link,address,undefined
+ifeq ($(BUILD),fuzz)
+CC := clang
+endif
+
+WARNINGS := -Wall -Wextra -Werror -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wpointer-arith \
+	-Wwrite-strings -Wundef -Wformat=2 -Wvla -Wno-unused-parameter -Wno-missing-field-initializers
+
+need_pkgs = $(if $(shell $(PKG_CONFIG) --exists $(1) && echo yes),,$(error \
+	missing development packages, one of: $(1). Run scripts/deps as root, it installs them))
+ifeq ($(filter help format,$(MAKECMDGOALS)),)
+$(call need_pkgs,$(LIB_PKGS) $(DAEMON_PKGS))
+endif
+
+CPPFLAGS += -D_GNU_SOURCE -Ilib -I. -DBLKSTACK_VERSION='"$(VERSION)"' \
+	$(shell $(PKG_CONFIG) --cflags $(LIB_PKGS) $(DAEMON_PKGS))
+ALL_CFLAGS := -std=gnu17 $(CFLAGS_$(BUILD)) $(WARNINGS) -fstack-protector-strong -pthread $(CFLAGS)
+LDLIBS   := $(shell $(PKG_CONFIG) --libs $(LIB_PKGS)) -pthread
+DAEMON_LIBS := $(shell $(PKG_CONFIG) --libs $(DAEMON_PKGS))
+TEST_LIBS := $(shell $(PKG_CONFIG) --libs $(TEST_PKGS))
+
+LIB_SRC    := $(wildcard lib/*/*.c lib/*/*/*.c)
+DAEMON_SRC := $(wildcard daemon/*.c)
+CTL_SRC    := $(wildcard daemon/ctl/*.c)
+UNIT_SRC   := $(wildcard tests/unit/*.c)
+HELPER_SRC := $(wildcard tests/helpers/*.c)
+BENCH_SRC  := $(wildcard tests/bench/*.c)
+
+LIB_OBJ    := $(LIB_SRC:%.c=$O/%.o)
+DAEMON_OBJ := $(DAEMON_SRC:%.c=$O/%.o)
+CTL_OBJ    := $(CTL_SRC:%.c=$O/%.o)
+
+PROGRAMS := $(if $(DAEMON_SRC),$O/blkstackd) $(if $(CTL_SRC),$O/blkstackctl)
+UNITS    := $(UNIT_SRC:%.c=$O/%)
+HELPERS  := $(HELPER_SRC:%.c=$O/%)
+BENCHES  := $(BENCH_SRC:%.c=$O/%)
+
+Q := $(if $(V),,@)
+say = $(if $(V),,@printf '  %-5s %s\n' $(1) $(2))
+
+all: $(PROGRAMS) $O/libblkstack.a
+
+$O/%.o: %.c
+	$(call say,CC,$<)
+	@mkdir -p $(@D)
+	$Q$(CC) $(CPPFLAGS) $(ALL_CFLAGS) -MMD -MP -c -o $@ $<
+
+$O/libblkstack.a: $(LIB_OBJ)
+	$(call say,AR,$@)
+	$Qrm -f $@ && ar rcs $@ $^
+
+$O/blkstackd: $(DAEMON_OBJ) $O/libblkstack.a
+	$(call say,LD,$@)
+	$Q$(CC) $(ALL_CFLAGS) $(LDFLAGS) -o $@ $^ $(DAEMON_LIBS) $(LDLIBS)
+
+$O/blkstackctl: $(CTL_OBJ) $O/libblkstack.a
+	$(call say,LD,$@)
+	$Q$(CC) $(ALL_CFLAGS) $(LDFLAGS) -o $@ $^ $(LDLIBS)
+
+# A unit test is one program per file; it may use anything in lib/.
+$(UNITS) $(HELPERS): $O/%: $O/%.o $O/libblkstack.a
+	$(call say,LD,$@)
+	$Q$(CC) $(ALL_CFLAGS) $(LDFLAGS) -o $@ $^ $(TEST_LIBS) $(LDLIBS) -lm
+
+$(BENCHES): $O/%: $O/%.o
+	$(call say,LD,$@)
+	$Q$(CC) $(ALL_CFLAGS) $(LDFLAGS) -o $@ $^ -pthread
+
+check: all units $(HELPERS)
+	$Qtests/run $O unit integration
+
+check-rt: units
+	$Qtests/run $O unit
+
+check-kernel: all $(HELPERS)
+	$Qtests/kernel/run
+
+bench: all $(BENCHES)
+	$Qtests/bench/bench
+
+units: $(UNITS)
+
+lint:
+	$Qscripts/lint
+
+format:
+	$Qgit ls-files '*.c' '*.h' | xargs clang-format -i
+
+clean:
+	rm -rf build build-*
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -4
+
+.PHONY: all check check-rt check-kernel bench units lint format install clean help
+.SECONDARY:
+-include $(shell find $O -name '*.d' 2>/dev/null)

@@ -1,0 +1,77 @@
+/*
+ * A tree of configuration values, each knowing where it stands, and tables of the options that are
+ * expected in it.
+ *
+ * The library does not know the syntax of config files: daemon/config.c turns libconfig's tree into this
+ * one, the tools and tests build it by hand. A group has named items, a list has unnamed ones.
+ * In names, '-' and '_' are the same.
+ */
+#pragma once
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/err.h"
+
+enum conf_type { CONF_BOOL, CONF_INT, CONF_STRING, CONF_LIST, CONF_GROUP };
+
+struct conf {
+	enum conf_type type;
+	char *name;  /* in a group; else NULL */
+	char *where; /* "blkstack.conf:41", or NULL when made by hand */
+	bool boolean;
+	int64_t integer;
+	char *string;
+	struct conf **items; /* of a list or group, owned */
+	size_t item_count;
+};
+
+/* Texts are copied; where and name may be NULL. Never return NULL (abort when memory is exhausted). */
+struct conf *conf_new(enum conf_type type, const char *name, const char *where);
+struct conf *conf_new_string(const char *name, const char *where, const char *string);
+struct conf *conf_new_int(const char *name, const char *where, int64_t integer);
+struct conf *conf_new_bool(const char *name, const char *where, bool boolean);
+void conf_free(struct conf *conf); /* with all below; NULL is fine */
+
+struct conf *conf_add(struct conf *parent,
+	struct conf *item); /* item is owned by parent from now; returns item */
+const struct conf *conf_get(const struct conf *group, const char *name); /* NULL when absent */
+bool conf_name_equal(const char *a, const char *b);
+bool conf_equal(
+	const struct conf *a, const struct conf *b); /* same values; where does not matter */
+
+/* Fills err with "where: message" (or the message alone); returns -EINVAL. */
+int conf_error(const struct conf *conf, struct err *err, const char *fmt, ...)
+	__attribute__((format(printf, 3, 4)));
+
+/* --- options ---------------------------------------------------------------------------------- */
+
+enum opt_type {
+	OPT_BOOL,    /* bool */
+	OPT_INT,     /* int64_t, within min..max */
+	OPT_SIZE,    /* uint64_t bytes; an integer or "10G"; within min..max */
+	OPT_STRING,  /* const char *, points into the conf tree; not empty */
+	OPT_ENUM,    /* int: the index in choices */
+	OPT_STRINGS, /* const struct conf *: a list of strings; one string alone is a list of one */
+	OPT_LIST,    /* const struct conf *: a list of groups (a stack, the exports) */
+};
+
+/* One row of an options table; a table ends with a row without a name. */
+struct opt {
+	const char *name;
+	enum opt_type type;
+	size_t field;         /* offsetof() in the struct that receives the value */
+	const char *fallback; /* the default, as text; NULL: zero, or see required */
+	bool required;
+	int64_t min, max;           /* for OPT_INT and OPT_SIZE; both 0: no bounds but >= 0 */
+	const char *const *choices; /* for OPT_ENUM, ended by NULL */
+	const char *help;
+};
+
+/*
+ * Sets every field that the table names, from group or from the fallback. Errors, each with its place:
+ * unknown name (with the nearest known one), wrong type, out of range, missing, given twice.
+ * The strings and lists point into group, which must live as long as they are used.
+ */
+int opts_parse(const struct opt *table, const struct conf *group, void *fields, struct err *err);
