@@ -31,7 +31,7 @@ CC := clang
 endif
 
 WARNINGS := -Wall -Wextra -Werror -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wpointer-arith \
-	-Wwrite-strings -Wundef -Wformat=2 -Wvla -Wno-unused-parameter -Wno-missing-field-initializers
+	-Wwrite-strings -Wundef -Wformat-security -Wno-format-truncation -Wvla -Wno-unused-parameter -Wno-missing-field-initializers
 
 need_pkgs = $(if $(shell $(PKG_CONFIG) --exists $(1) && echo yes),,$(error \
 	missing development packages, one of: $(1). Run scripts/deps as root, it installs them))
