@@ -100,7 +100,7 @@ check-rt: units
 	$Qtests/run $O unit
 
 check-kernel: all $(HELPERS)
-	$Qtests/kernel/run
+	$Qtests/kernel/run $O
 
 bench: all $(BENCHES)
 	$Qtests/bench/bench
