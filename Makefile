@@ -57,7 +57,7 @@ LIB_OBJ    := $(LIB_SRC:%.c=$O/%.o)
 DAEMON_OBJ := $(DAEMON_SRC:%.c=$O/%.o)
 CTL_OBJ    := $(CTL_SRC:%.c=$O/%.o)
 
-PROGRAMS := $(if $(DAEMON_SRC),$O/blkstackd) $(if $(CTL_SRC),$O/blkstackctl)
+PROGRAMS := $(if $(wildcard daemon/main.c),$O/blkstackd) $(if $(CTL_SRC),$O/blkstackctl)
 UNITS    := $(UNIT_SRC:%.c=$O/%)
 HELPERS  := $(HELPER_SRC:%.c=$O/%)
 BENCHES  := $(BENCH_SRC:%.c=$O/%)

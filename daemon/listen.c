@@ -1,0 +1,383 @@
+/*
+ * Listening sockets; see listen.h.
+ *
+ * Replacing a stale socket file is a look and a change that must not be torn apart by a second
+ * daemon doing the same: both happen under a lock on the folder. "Stale" is a socket that refuses
+ * connections; a file of any other kind is never removed. The mode of a socket file is narrowed
+ * before bind() and only then widened, so that no moment is more open than what was asked for.
+ *
+ * Failure modes: every one has a text that names the address. accept() running out of descriptors
+ * or memory is no reason to stop: the listener looks away for ACCEPT_RETRY_MS, since the waiting connection
+ * would otherwise wake the reactor again at once.
+ */
+#include "daemon/listen.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <libgen.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/file.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+
+#include <systemd/sd-daemon.h>
+
+#include "base/cleanup.h"
+#include "base/log.h"
+#include "base/util.h"
+
+#define BACKLOG          128 /* connections the kernel keeps for us between two accepts */
+#define ACCEPTS_PER_TURN 32  /* then others get their turn */
+#define ACCEPT_RETRY_MS  100
+#define HOST_MAX_BYTES   256 /* RFC 1035: a name has at most 255 */
+#define PORT_MAX_BYTES   32
+
+/* A parsed address: a path, or a host and a port. */
+struct address {
+	bool is_unix;
+	struct sockaddr_un un;
+	char host[HOST_MAX_BYTES], port[PORT_MAX_BYTES];
+};
+
+/* --- addresses -------------------------------------------------------------------------------- */
+
+static int parse_unix(const char *path, struct address *address, struct err *err)
+{
+	address->is_unix = true;
+	address->un.sun_family = AF_UNIX;
+	if (path[0] != '/')
+		return err_set(err, EINVAL, "\"%s\": a socket's path starts with /", path);
+	if (strlen(path) >= sizeof(address->un.sun_path))
+		return err_set(err, ENAMETOOLONG, "\"%s\": a socket's path has at most %zu bytes",
+			path, sizeof(address->un.sun_path) - 1);
+	strcpy(address->un.sun_path, path);
+	return 0;
+}
+
+static int parse_tcp(const char *text, struct address *address, struct err *err)
+{
+	const char *colon = strrchr(text, ':');
+	if (!colon || !colon[1] || colon == text)
+		return err_set(err, EINVAL, "\"tcp:%s\": expected tcp:HOST:PORT", text);
+
+	const char *host = text;
+	size_t host_len = (size_t)(colon - text);
+	if (host[0] == '[' && host[host_len - 1] == ']') {
+		host++;
+		host_len -= 2;
+	} else if (memchr(host, ':', host_len)) {
+		return err_set(err, EINVAL,
+			"\"tcp:%s\": an IPv6 address stands in brackets: tcp:[::1]:10809", text);
+	}
+	if (host_len >= HOST_MAX_BYTES || strlen(colon + 1) >= PORT_MAX_BYTES)
+		return err_set(err, EINVAL, "\"tcp:%s\": host or port is too long", text);
+	memcpy(address->host, host, host_len);
+	strcpy(address->port, colon + 1);
+	return 0;
+}
+
+static int address_parse(const char *text, struct address *address, struct err *err)
+{
+	*address = (struct address){};
+	if (!strncmp(text, "unix:", 5))
+		return parse_unix(text + 5, address, err);
+	if (!strncmp(text, "tcp:", 4))
+		return parse_tcp(text + 4, address, err);
+	if (text[0] == '/')
+		return parse_unix(text, address, err);
+	return err_set(
+		err, EINVAL, "\"%s\" is no address: expected unix:PATH or tcp:HOST:PORT", text);
+}
+
+int listener_check(const char *address, struct err *err)
+{
+	struct address parsed;
+
+	return address_parse(address, &parsed, err);
+}
+
+/* --- sockets from the service manager --------------------------------------------------------- */
+
+static bool same_inet(const struct sockaddr *a, const struct sockaddr *b)
+{
+	if (a->sa_family != b->sa_family)
+		return false;
+	if (a->sa_family == AF_INET) {
+		const struct sockaddr_in *a4 = (const void *)a, *b4 = (const void *)b;
+		return a4->sin_port == b4->sin_port && a4->sin_addr.s_addr == b4->sin_addr.s_addr;
+	}
+	const struct sockaddr_in6 *a6 = (const void *)a, *b6 = (const void *)b;
+	return a6->sin6_port == b6->sin6_port &&
+	       !memcmp(&a6->sin6_addr, &b6->sin6_addr, sizeof(a6->sin6_addr));
+}
+
+/* The listening socket that was passed to us for this address, or -1. */
+static int passed_socket(const struct sockaddr *wanted)
+{
+	int passed_count = sd_listen_fds(0);
+
+	for (int fd = SD_LISTEN_FDS_START; fd < SD_LISTEN_FDS_START + passed_count; fd++) {
+		if (wanted->sa_family == AF_UNIX) {
+			const struct sockaddr_un *un = (const void *)wanted;
+			if (sd_is_socket_unix(fd, SOCK_STREAM, 1, un->sun_path, 0) > 0)
+				return fd;
+			continue;
+		}
+		struct sockaddr_storage bound = {};
+		socklen_t bound_len = sizeof(bound);
+		if (sd_is_socket_inet(fd, AF_UNSPEC, SOCK_STREAM, 1, 0) > 0 &&
+			!getsockname(fd, (struct sockaddr *)&bound, &bound_len) &&
+			same_inet((struct sockaddr *)&bound, wanted))
+			return fd;
+	}
+	return -1;
+}
+
+/* --- unix sockets ----------------------------------------------------------------------------- */
+
+/* 0 when the file at un was stale and is gone now. */
+static int remove_stale(const struct sockaddr_un *un, struct err *err)
+{
+	const char *path = un->sun_path;
+	struct stat st;
+
+	if (lstat(path, &st))
+		return err_sys(err, errno, "cannot look at \"%s\"", path);
+	if (!S_ISSOCK(st.st_mode))
+		return err_set(err, EADDRINUSE,
+			"\"%s\" exists and is not a socket; remove it or choose another path",
+			path);
+	CLEANUP(fd) int probe = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	if (probe < 0)
+		return err_sys(err, errno, "cannot create a socket");
+	if (!connect(probe, (const struct sockaddr *)un, sizeof(*un)) || errno != ECONNREFUSED)
+		return err_set(err, EADDRINUSE,
+			"\"%s\" is in use by another process (is blkstackd running already?)",
+			path);
+	if (unlink(path))
+		return err_sys(err, errno, "cannot remove the stale socket \"%s\"", path);
+	return 0;
+}
+
+/* Opens and locks the folder of path; the folder itself is created when only it is missing. */
+static int lock_folder(const char *path, struct err *err)
+{
+	char copy[sizeof(((struct sockaddr_un *)0)->sun_path)];
+	snprintf(copy, sizeof(copy), "%s", path);
+	const char *folder = dirname(copy);
+
+	if (!mkdir(folder, 0755))
+		log_debug("created the folder \"%s\"", folder);
+	CLEANUP(fd) int fd = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (fd < 0)
+		return err_sys(err, errno, "socket \"%s\": folder \"%s\"", path, folder);
+	if (flock(fd, LOCK_EX))
+		return err_sys(err, errno, "cannot lock the folder \"%s\"", folder);
+	return take_fd(&fd);
+}
+
+static int open_access(
+	struct listener *listener, const struct listen_access *access, struct err *err)
+{
+	const char *path = listener->path;
+	struct stat st;
+
+	if ((access->uid != (uid_t)-1 || access->gid != (gid_t)-1) &&
+		lchown(path, access->uid, access->gid))
+		return err_sys(err, errno, "cannot change the owner of \"%s\"", path);
+	if (chmod(path, access->mode) || lstat(path, &st))
+		return err_sys(err, errno, "cannot change the mode of \"%s\"", path);
+	listener->path_dev = st.st_dev;
+	listener->path_ino = st.st_ino;
+	return 0;
+}
+
+static int open_unix(struct listener *listener, const struct sockaddr_un *un,
+	const struct listen_access *access, struct err *err)
+{
+	const struct sockaddr *addr = (const struct sockaddr *)un;
+	const char *path = un->sun_path;
+	int ret;
+
+	snprintf(listener->text, sizeof(listener->text), "unix:%s", path);
+	listener->fd = passed_socket(addr);
+	if (listener->fd >= 0)
+		return 0;
+	CLEANUP(fd) int folder = lock_folder(path, err);
+	if (folder < 0)
+		return folder;
+	CLEANUP(fd) int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	if (fd < 0 || fchmod(fd, access->mode & 0600))
+		return err_sys(err, errno, "cannot create a socket");
+	if (bind(fd, addr, sizeof(*un))) {
+		if (errno != EADDRINUSE)
+			return err_sys(err, errno, "cannot listen on \"%s\"", path);
+		ret = remove_stale(un, err);
+		if (ret)
+			return ret;
+		if (bind(fd, addr, sizeof(*un)))
+			return err_sys(err, errno, "cannot listen on \"%s\"", path);
+	}
+	listener->path = strdup(path);
+	if (!listener->path || listen(fd, BACKLOG)) {
+		ret = err_sys(err, errno, "cannot listen on \"%s\"", path);
+		unlink(path);
+		return ret;
+	}
+	ret = open_access(listener, access, err);
+	if (ret)
+		unlink(path);
+	else
+		listener->fd = take_fd(&fd);
+	return ret;
+}
+
+/* --- TCP -------------------------------------------------------------------------------------- */
+
+static int bind_tcp(const struct addrinfo *info)
+{
+	const int on = 1, off = 0;
+	CLEANUP(fd) int fd = socket(info->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+
+	if (fd < 0 || setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on)))
+		return -errno;
+	if (info->ai_family == AF_INET6)
+		setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &off, sizeof(off));
+	if (bind(fd, info->ai_addr, info->ai_addrlen) || listen(fd, BACKLOG))
+		return -errno;
+	return take_fd(&fd);
+}
+
+static void describe_tcp(struct listener *listener)
+{
+	struct sockaddr_storage bound = {};
+	socklen_t bound_len = sizeof(bound);
+	char host[NI_MAXHOST] = "?", port[NI_MAXSERV] = "?";
+
+	if (!getsockname(listener->fd, (struct sockaddr *)&bound, &bound_len))
+		getnameinfo((struct sockaddr *)&bound, bound_len, host, sizeof(host), port,
+			sizeof(port), NI_NUMERICHOST | NI_NUMERICSERV);
+	snprintf(listener->text, sizeof(listener->text),
+		bound.ss_family == AF_INET6 ? "tcp:[%s]:%s" : "tcp:%s:%s", host, port);
+}
+
+static int open_tcp(struct listener *listener, const struct address *address, struct err *err)
+{
+	bool any = !strcmp(address->host, "*");
+	struct addrinfo hints = {
+		.ai_family = AF_UNSPEC, .ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE
+	};
+	struct addrinfo *list;
+	int ret = getaddrinfo(any ? NULL : address->host, address->port, &hints, &list);
+	if (ret)
+		return err_set(err, EADDRNOTAVAIL, "cannot resolve \"tcp:%s:%s\": %s",
+			address->host, address->port, gai_strerror(ret));
+
+	/* IPv6 first when every address is meant: that one socket then serves IPv4 too. */
+	ret = -EADDRNOTAVAIL;
+	for (int pass = any ? 0 : 1; pass < 2 && ret < 0; pass++) {
+		for (struct addrinfo *info = list; info && ret < 0; info = info->ai_next) {
+			if (pass == 0 && info->ai_family != AF_INET6)
+				continue;
+			int passed = passed_socket(info->ai_addr);
+			ret = passed >= 0 ? passed : bind_tcp(info);
+		}
+	}
+	freeaddrinfo(list);
+	if (ret < 0)
+		return err_sys(
+			err, -ret, "cannot listen on \"tcp:%s:%s\"", address->host, address->port);
+	listener->fd = ret;
+	describe_tcp(listener);
+	return 0;
+}
+
+/* --- the life of a listener ------------------------------------------------------------------- */
+
+int listener_open(struct listener *listener, const char *address,
+	const struct listen_access *access, struct err *err)
+{
+	struct address parsed;
+
+	*listener = (struct listener){ .fd = -1 };
+	int ret = address_parse(address, &parsed, err);
+	if (ret)
+		return ret;
+	ret = parsed.is_unix ? open_unix(listener, &parsed.un, access, err)
+			     : open_tcp(listener, &parsed, err);
+	if (!ret && fcntl(listener->fd, F_SETFL, O_NONBLOCK))
+		ret = err_sys(err, errno, "cannot listen on \"%s\"", address);
+	if (ret)
+		listener_close(listener);
+	return ret;
+}
+
+static bool worth_a_pause(int code)
+{
+	return code == EMFILE || code == ENFILE || code == ENOBUFS || code == ENOMEM;
+}
+
+static void listener_readable(struct watch *watch, uint32_t epoll_events)
+{
+	struct listener *listener = container_of(watch, struct listener, watch);
+
+	for (int i = 0; i < ACCEPTS_PER_TURN && listener->watching; i++) {
+		int fd = accept4(listener->fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+		if (fd >= 0) {
+			listener->accepted(listener, fd);
+		} else if (worth_a_pause(errno)) {
+			log_warning("%s: cannot accept a connection: %s; trying again in %d ms",
+				listener->text, strerror(errno), ACCEPT_RETRY_MS);
+			watch_modify(&listener->watch, 0);
+			timer_arm(&listener->retry, reactor_now_ns() + ACCEPT_RETRY_MS * NS_PER_MS);
+			return;
+		} else if (errno == EAGAIN) {
+			return;
+		}
+	}
+}
+
+static void listener_retry(struct timer *timer)
+{
+	struct listener *listener = container_of(timer, struct listener, retry);
+
+	watch_modify(&listener->watch, EPOLLIN);
+}
+
+int listener_start(struct listener *listener, void (*accepted)(struct listener *listener, int fd))
+{
+	listener->accepted = accepted;
+	timer_init(&listener->retry, listener_retry);
+	int ret = watch_add(&listener->watch, listener->fd, EPOLLIN, listener_readable);
+	listener->watching = !ret;
+	return ret;
+}
+
+void listener_stop(struct listener *listener)
+{
+	if (!listener->watching)
+		return;
+	watch_remove(&listener->watch);
+	timer_cancel(&listener->retry);
+	listener->watching = false;
+}
+
+void listener_close(struct listener *listener)
+{
+	struct stat st;
+
+	if (listener->fd >= 0)
+		close(listener->fd);
+	listener->fd = -1;
+	if (listener->path && !lstat(listener->path, &st) && st.st_dev == listener->path_dev &&
+		st.st_ino == listener->path_ino)
+		unlink(listener->path);
+	free(listener->path);
+	listener->path = NULL;
+}

@@ -1,0 +1,58 @@
+/*
+ * Listening sockets, for the doors and for the control socket.
+ *
+ *	/run/blkstack/control, unix:/run/blkstack/nbd	a unix socket
+ *	tcp:127.0.0.1:10809, tcp:[::1]:10809, tcp:*:10809	TCP; * is every address, IPv6 and IPv4
+ *
+ * A socket that the service manager passed for the same address is taken over. Otherwise a unix
+ * socket's file that a dead process left behind is replaced; one that somebody listens on is not. The
+ * last folder of its path is created when it is missing.
+ */
+#pragma once
+
+#include <stdbool.h>
+#include <sys/types.h>
+
+#include "base/err.h"
+#include "rt/reactor.h"
+
+#define LISTEN_TEXT_LEN 128
+
+/* Who may connect to a unix socket. (uid_t)-1, (gid_t)-1: leave the owner as it is. */
+struct listen_access {
+	mode_t mode;
+	uid_t uid;
+	gid_t gid;
+};
+
+struct listener {
+	int fd;                     /* -1 while closed */
+	char text[LISTEN_TEXT_LEN]; /* the address, with the real port of a TCP socket */
+	char *path;                 /* of a socket file that we made, else NULL */
+	dev_t path_dev;             /* and which file that was */
+	ino_t path_ino;
+	struct watch watch;
+	bool watching;
+	struct timer retry;
+	void (*accepted)(struct listener *listener, int fd);
+};
+
+/* Checks the form of an address and touches nothing. */
+int listener_check(const char *address, struct err *err);
+
+/*
+ * Binds and listens; accepts nothing yet. Plain code, may block on name look-ups: before the reactor
+ * runs, or offloaded. access may be NULL for TCP. On an error nothing was created and fd is -1.
+ */
+int listener_open(struct listener *listener, const char *address,
+	const struct listen_access *access, struct err *err);
+
+/*
+ * From now on, on the current reactor, accepted() gets every new connection: non-blocking, owned by
+ * the callee, who may call listener_stop(). When descriptors or memory run out it pauses and tries again.
+ */
+int listener_start(struct listener *listener, void (*accepted)(struct listener *listener, int fd));
+/* Accepts no more; harmless when not started. */
+void listener_stop(struct listener *listener);
+/* Closes a stopped listener and removes its file, unless somebody put another one there. */
+void listener_close(struct listener *listener);
