@@ -1,0 +1,63 @@
+/*
+ * The config file: what it says, after every check that can be made without touching anything.
+ *
+ * config.c is the only file that knows libconfig. It turns the file, with what it includes, into a
+ * struct conf tree whose values know their place, and that by option tables into these structs.
+ * The place of everything within an export says so: `blkstack.conf:41: export "db"`.
+ */
+#pragma once
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <sys/types.h>
+
+#include "base/conf.h"
+#include "base/err.h"
+
+struct config_export {
+	const char *name;
+	const char *description; /* "" when there is none */
+	const char *device;      /* "/dev/nbd0", "auto", or "" for no kernel device */
+	bool read_only;
+	int64_t device_block_size; /* bytes: 512, 1024, 2048 or 4096 */
+	int64_t device_timeout_s;  /* 0: requests of the device may take any time */
+	int64_t max_connections;   /* NBD clients of this export */
+	const struct conf *stack;  /* CONF_LIST, top first, checked by stack_check() */
+	const struct conf *conf;   /* the export's group */
+};
+
+struct config {
+	char *path;
+	struct conf *root; /* owned; everything below points into it */
+
+	/* control */
+	const char *control; /* path of the control socket; "" for none */
+	mode_t control_mode; /* of the socket file */
+	uid_t control_uid;   /* besides root, who may change things; (uid_t)-1: nobody */
+	gid_t control_gid;   /* (gid_t)-1: no group */
+
+	/* NBD door */
+	const char **listen; /* addresses, as listener_open() takes them; owned array */
+	size_t listen_count;
+	mode_t listen_mode; /* of the socket files */
+	uid_t listen_uid;   /* who owns them; (uid_t)-1: as they come */
+	gid_t listen_gid;
+	int64_t max_connections;     /* of all exports together, handshakes included */
+	int64_t handshake_timeout_s; /* a client that has not chosen an export by then is dropped */
+
+	const char *engine;     /* "auto", "uring" or "threads" */
+	unsigned reactor_count; /* threads, at least 1 */
+	int64_t stop_timeout_s; /* how long requests in flight may take at the end */
+
+	struct config_export *exports; /* owned array */
+	size_t export_count;
+};
+
+/* Reads and checks the whole file; creates and changes nothing. The error is one line, place included. */
+int config_load(const char *path, struct config **config, struct err *err);
+void config_free(struct config *config); /* NULL is fine */
+
+/* Doors and stacks as a small tree, for people. */
+void config_print(const struct config *config, FILE *out);
