@@ -1,0 +1,125 @@
+/*
+ * The server side of NBD: exports, and what one connected client goes through. No sockets are opened
+ * here: whoever accepts (the listeners) or makes (the kernel door) a connected stream socket hands it in.
+ *
+ *	nbd_client()	a client of a listener: handshake, in which it chooses a published export, then
+ *			transmission, until it leaves. Runs on the reactor of its nbd_server; the
+ *			transmission part runs on the export's home reactor.
+ *	nbd_serve()	transmission only, for a socket whose other end needs no handshake (the kernel).
+ *			Runs on the export's home reactor.
+ *
+ * Both take the socket over and return when nothing is left of the connection: a client that is gone
+ * waits here for its requests under way, whose buffers belong to the layers until they return.
+ *
+ * What one client can hold is bounded by struct nbd_limits; a client that does not read its replies
+ * is not read from. All rules of the wire: NBD's doc/proto.md; sections are named where they apply.
+ */
+#pragma once
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include <jansson.h>
+
+#include "base/err.h"
+#include "base/list.h"
+#include "blk/blk.h"
+#include "rt/lock.h"
+#include "rt/reactor.h"
+
+#define NBD_NAME_MAX_BYTES 4096 /* "Conventions": of a name or description */
+
+struct nbd_limits {
+	uint64_t handshake_ns;      /* from the first byte to the end of the handshake */
+	uint64_t linger_ns;         /* for the last replies, after the last request was read */
+	unsigned handshake_options; /* per handshake */
+	unsigned requests;          /* in flight per connection, 1..NBD_REQUESTS_MAX */
+	uint64_t buffer_bytes;      /* per connection; one single request may exceed it */
+};
+
+#define NBD_REQUESTS_MAX 4096
+
+extern const struct nbd_limits nbd_limits_default;
+
+enum nbd_counter {
+	NBD_COUNT_READ,
+	NBD_COUNT_WRITE,
+	NBD_COUNT_FLUSH,
+	NBD_COUNT_TRIM,
+	NBD_COUNT_ZERO,
+	NBD_COUNTERS
+};
+
+/* Requests answered. */
+struct nbd_counters {
+	uint64_t requests[NBD_COUNTERS];
+	uint64_t bytes[NBD_COUNTERS];
+	uint64_t errors; /* answered with an error, ill-formed ones included */
+};
+
+/* --- exports ---------------------------------------------------------------------------------- */
+
+/* A disk as clients see it. Embedded in the owner's struct; the owner sets the first part. */
+struct nbd_export {
+	const char *name;        /* 1 to NBD_NAME_MAX_BYTES bytes */
+	const char *description; /* likewise, or NULL */
+	struct blk *blk;
+	struct reactor *home; /* blk's; transmission runs there */
+	bool read_only;       /* whatever blk allows */
+
+	/* On the server's reactor. */
+	struct list link;        /* in nbd_server.exports */
+	struct co_group clients; /* nbd_client() calls that have chosen this export */
+
+	/* On the home reactor. */
+	struct list conns;       /* of struct nbd_conn */
+	struct co_group serving; /* nbd_serve() calls */
+	bool closing;            /* nbd_serve() refuses with -ESHUTDOWN */
+	struct nbd_counters
+		counters; /* of connections that are gone; nbd_export_status() adds the others */
+};
+
+void nbd_export_init(struct nbd_export *export, const char *name, const char *description,
+	struct blk *blk, struct reactor *home, bool read_only);
+
+/*
+ * Home reactor. Ends all connections: they stop reading at the next boundary between requests, answer what
+ * they have read, and close. After grace_ns they are cut; requests under way are waited for even then.
+ * Later connections are refused. Then blk may be closed.
+ */
+suspends void nbd_export_close(struct nbd_export *export, uint64_t grace_ns);
+
+/* The transmission flags as clients are told (NBD_FLAG_..., proto.h); the kernel wants the same. */
+uint16_t nbd_export_flags(const struct nbd_export *export);
+
+/* Home reactor. {"connections": n, "requests": {"read": {"requests", "bytes"}, ...}, "errors", "clients": [...]} */
+json_t *nbd_export_status(struct nbd_export *export);
+
+/* Home reactor. Serves until the client leaves. 0, or -errno when that was not at a boundary between requests. */
+suspends int nbd_serve(struct nbd_export *export, int fd, const struct nbd_limits *limits,
+	bool read_only, const char *peer);
+
+/* --- a server: what the clients of all listeners can choose from ------------------------------ */
+
+struct nbd_server {
+	struct nbd_limits limits;
+	struct list exports;    /* of struct nbd_export; the first one is the default export */
+	struct list handshakes; /* under way */
+	struct co_group clients;
+	bool closing; /* handshakes are refused with NBD_REP_ERR_SHUTDOWN */
+};
+
+/* Everything below is called on one reactor, the server's. */
+void nbd_server_init(struct nbd_server *server, const struct nbd_limits *limits);
+
+/* Clients can choose it from now on. -EEXIST when there is one of that name, -ENAMETOOLONG, -EINVAL. */
+int nbd_publish(struct nbd_server *server, struct nbd_export *export, struct err *err);
+
+/* Hides it from new clients, then nbd_export_close(). Harmless when it was never published. */
+suspends void nbd_withdraw(struct nbd_export *export, uint64_t grace_ns);
+
+/* Ends all handshakes, and all clients of all exports as nbd_withdraw() does; returns when none is left. */
+suspends void nbd_server_close(struct nbd_server *server, uint64_t grace_ns);
+
+/* Takes fd over. peer: who it is, for status and log, e.g. "127.0.0.1:40312". 0 or -errno as nbd_serve(). */
+suspends int nbd_client(struct nbd_server *server, int fd, const char *peer);
