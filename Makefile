@@ -51,7 +51,6 @@ DAEMON_SRC := $(wildcard daemon/*.c)
 CTL_SRC    := $(wildcard daemon/ctl/*.c)
 UNIT_SRC   := $(wildcard tests/unit/*.c)
 HELPER_SRC := $(wildcard tests/helpers/*.c)
-BENCH_SRC  := $(wildcard tests/bench/*.c)
 
 LIB_OBJ    := $(LIB_SRC:%.c=$O/%.o)
 DAEMON_OBJ := $(DAEMON_SRC:%.c=$O/%.o)
@@ -60,7 +59,8 @@ CTL_OBJ    := $(CTL_SRC:%.c=$O/%.o)
 PROGRAMS := $(if $(wildcard daemon/main.c),$O/blkstackd) $(if $(CTL_SRC),$O/blkstackctl)
 UNITS    := $(UNIT_SRC:%.c=$O/%)
 HELPERS  := $(HELPER_SRC:%.c=$O/%)
-BENCHES  := $(BENCH_SRC:%.c=$O/%)
+BENCHES  := $O/tests/bench/nbdload $O/tests/bench/firstbyte
+BENCH_OBJ := $O/tests/bench/client.o $O/tests/bench/cpu.o
 
 Q := $(if $(V),,@)
 say = $(if $(V),,@printf '  %-5s %s\n' $(1) $(2))
@@ -89,7 +89,7 @@ $(UNITS) $(HELPERS): $O/%: $O/%.o $O/libblkstack.a
 	$(call say,LD,$@)
 	$Q$(CC) $(ALL_CFLAGS) $(LDFLAGS) -o $@ $^ $(TEST_LIBS) $(LDLIBS) -lm
 
-$(BENCHES): $O/%: $O/%.o
+$(BENCHES): $O/%: $O/%.o $(BENCH_OBJ)
 	$(call say,LD,$@)
 	$Q$(CC) $(ALL_CFLAGS) $(LDFLAGS) -o $@ $^ -pthread
 
@@ -102,8 +102,9 @@ check-rt: units
 check-kernel: all $(HELPERS)
 	$Qtests/kernel/run $O
 
+# BENCH="--rounds 1 --only randread" passes options; tests/bench/README.md has them.
 bench: all $(BENCHES)
-	$Qtests/bench/bench
+	$Qtests/bench/bench --build $O $(BENCH)
 
 units: $(UNITS)
 
