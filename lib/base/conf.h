@@ -41,21 +41,25 @@ bool conf_name_equal(const char *a, const char *b);
 bool conf_equal(
 	const struct conf *a, const struct conf *b); /* same values; where does not matter */
 
-/* Fills err with "where: message" (or the message alone); returns -EINVAL. */
+/* Fills err with the message and, as its place, where conf stands; returns -EINVAL. */
 int conf_error(const struct conf *conf, struct err *err, const char *fmt, ...)
 	__attribute__((format(printf, 3, 4)));
 
 /* --- options ---------------------------------------------------------------------------------- */
 
 enum opt_type {
-	OPT_BOOL,    /* bool */
-	OPT_INT,     /* int64_t, within min..max */
-	OPT_SIZE,    /* uint64_t bytes; an integer or "10G"; within min..max */
-	OPT_STRING,  /* const char *, points into the conf tree; not empty */
-	OPT_ENUM,    /* int: the index in choices */
-	OPT_STRINGS, /* const struct conf *: a list of strings; one string alone is a list of one */
+	OPT_BOOL,   /* bool */
+	OPT_INT,    /* int64_t, within min..max */
+	OPT_SIZE,   /* uint64_t bytes; an integer or "10G"; within min..max */
+	OPT_STRING, /* const char *, points into the conf tree; not empty */
+	OPT_ENUM,   /* int: the index in choices */
+	OPT_STRINGS, /* const struct conf *: a list of strings, or one alone; see conf_strings_get() */
 	OPT_LIST,    /* const struct conf *: a list of groups (a stack, the exports) */
 };
+
+/* What an OPT_STRINGS field holds, item by item; NULL (not given) has no items. */
+size_t conf_strings_count(const struct conf *strings);
+const char *conf_strings_get(const struct conf *strings, size_t index);
 
 /* One row of an options table; a table ends with a row without a name. */
 struct opt {
@@ -64,14 +68,16 @@ struct opt {
 	size_t field;         /* offsetof() in the struct that receives the value */
 	const char *fallback; /* the default, as text; NULL: zero, or see required */
 	bool required;
-	int64_t min, max;           /* for OPT_INT and OPT_SIZE; both 0: no bounds but >= 0 */
+	int64_t min, max;           /* for OPT_INT and OPT_SIZE; max 0: no upper bound */
+	bool pow2;                  /* for OPT_SIZE: a power of two */
 	const char *const *choices; /* for OPT_ENUM, ended by NULL */
 	const char *help;
 };
 
 /*
- * Sets every field that the table names, from group or from the fallback. Errors, each with its place:
- * unknown name (with the nearest known one), wrong type, out of range, missing, given twice.
- * The strings and lists point into group, which must live as long as they are used.
+ * Sets every field that the table names, from group or from the fallback (without one: zero, false,
+ * NULL, the first choice). Errors, each with its place: unknown name (with the nearest known one),
+ * wrong type, out of range, missing, given twice.
+ * The strings and lists point into group's items, which must live as long as they are used.
  */
 int opts_parse(const struct opt *table, const struct conf *group, void *fields, struct err *err);
