@@ -1,9 +1,12 @@
 /*
- * Scope-bound cleanup: CLEANUP(free) frees at the end of the scope, CLEANUP(fd) closes.
+ * Scope-bound cleanup: CLEANUP(free) frees at the end of the scope; CLEANUP(fd), CLEANUP(file) and
+ * CLEANUP(dir) close an int, a FILE * and a DIR *.
  * take_ptr() and take_fd() hand ownership on.
  */
 #pragma once
 
+#include <dirent.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
 
@@ -18,6 +21,18 @@ static inline void cleanup_fd(int *fd)
 {
 	if (*fd >= 0)
 		close(*fd);
+}
+
+static inline void cleanup_file(FILE **file)
+{
+	if (*file)
+		fclose(*file);
+}
+
+static inline void cleanup_dir(DIR **dir)
+{
+	if (*dir)
+		closedir(*dir);
 }
 
 #define take_ptr(p)                       \

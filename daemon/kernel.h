@@ -1,0 +1,60 @@
+/*
+ * The kernel door: an export as a block device of this machine, /dev/nbdN.
+ *
+ * A socket pair joins the two sides: the kernel's NBD driver has one end, the export's own NBD
+ * transmission code serves the other like any client's. So the door itself moves no data; it claims,
+ * sets up, resizes and gives back the device.
+ *
+ * All functions run in coroutines on one reactor (the one that attached); the blocking work goes to
+ * threads of its own, never to the offload pool, because most of it waits for the device's own requests.
+ * attach, resize and detach of one door must not run at the same time: the export's lock sees to that.
+ */
+#pragma once
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include <jansson.h>
+
+#include "base/err.h"
+#include "rt/co.h"
+
+struct kernel_door;
+struct nbd_export;
+
+struct kernel_opts {
+	struct nbd_export *nbd; /* what it serves, on its home reactor; outlives the door */
+	const char *device;     /* "/dev/nbd0", or "auto" for the first one that is free */
+	uint64_t size_bytes;
+	uint32_t block_size; /* logical block size: 512, 1024, 2048 or 4096 */
+	uint32_t timeout_s;  /* a request older than that fails the device; 0: never */
+};
+
+/*
+ * Returns when the device is ready to use: partitions read, their nodes in /dev, udev at rest.
+ * Errors as kernel_dev_claim(); nothing stays attached then.
+ */
+suspends int kernel_attach(
+	const struct kernel_opts *opts, struct kernel_door **door, struct err *err);
+
+/*
+ * Writes the device's cache back and disconnects; the door is freed on success and stays on an error:
+ * -EBUSY while the device is in use (says by whom), -EIO when its cache cannot be written, neither with
+ * force; -ETIMEDOUT when requests in flight do not end. A door that was lost is only freed.
+ */
+suspends int kernel_detach(struct kernel_door *door, bool force, struct err *err);
+
+/* After the stack has grown, or before it shrinks. Requests are served meanwhile. */
+suspends int kernel_resize(struct kernel_door *door, uint64_t size_bytes, struct err *err);
+
+const char *kernel_device(const struct kernel_door *door); /* "/dev/nbd0" */
+
+/* device, state ("attached" or "lost"), reason, size, block_size, read_only, timeout; new reference. */
+json_t *kernel_status(const struct kernel_door *door);
+
+/*
+ * Once, before the first thread, when there may be a kernel door: the kernel must not wait for this
+ * process's devices on behalf of this process's memory. lock_memory: also keep all of it from being paged
+ * out. An error names the missing privilege; the daemon works without, but can deadlock when memory is short.
+ */
+int kernel_guard_reclaim(bool lock_memory, struct err *err);
