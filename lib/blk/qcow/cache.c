@@ -1,0 +1,253 @@
+/*
+ * Slices of tables in memory: a hash by host offset, least recently used go first.
+ *
+ * A slice is in one of these states: free (host_off 0), loading (others wait in `loaded`), clean, dirty. Dirty
+ * ones leave only through a commit, so when nothing clean and unused is left, whoever needs room
+ * starts a commit and waits. Memory is taken slice by slice as the cache fills, never given back
+ * before the end, and bounded by the configured size.
+ *
+ * Lookups that hit never suspend and allocate nothing.
+ */
+#include "blk/qcow/qcow.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* At least this many slices, however small the configuration: several are in use at the same time. */
+#define CACHE_SLICES_MIN UINT64_C(32)
+#define SLICE_SIZE_MAX   UINT64_C(4096)
+
+int cache_init(struct cache *cache, struct qcow *q, uint64_t size_bytes)
+{
+	size_t buckets = 64;
+
+	cache->q = q;
+	cache->slice_size = (uint32_t)MIN(q->cluster_size, SLICE_SIZE_MAX);
+	cache->capacity = MAX(size_bytes / cache->slice_size, CACHE_SLICES_MIN);
+	while (buckets < 2 * cache->capacity)
+		buckets *= 2;
+	cache->hash_mask = buckets - 1;
+	list_init(&cache->lru);
+	co_queue_init(&cache->evictable);
+	cache->slices = calloc(cache->capacity, sizeof(*cache->slices));
+	cache->hash = calloc(buckets, sizeof(*cache->hash));
+	return cache->slices && cache->hash ? 0 : -ENOMEM;
+}
+
+void cache_fini(struct cache *cache)
+{
+	for (size_t i = 0; i < cache->count; i++)
+		free(cache->slices[i].data);
+	free(cache->slices);
+	free(cache->hash);
+	cache->slices = NULL;
+	cache->hash = NULL;
+	cache->count = 0;
+}
+
+/* --- the hash --------------------------------------------------------------------------------- */
+
+static struct slice **bucket(struct cache *cache, uint64_t host_off)
+{
+	uint64_t key = host_off / cache->slice_size * UINT64_C(0x9e3779b97f4a7c15);
+
+	return &cache->hash[(key >> 32) & cache->hash_mask];
+}
+
+static struct slice *find(struct cache *cache, uint64_t host_off)
+{
+	struct slice *slice = *bucket(cache, host_off);
+
+	while (slice && slice->host_off != host_off)
+		slice = slice->hash_next;
+	return slice;
+}
+
+static void unhash(struct cache *cache, struct slice *slice)
+{
+	struct slice **link = bucket(cache, slice->host_off);
+
+	while (*link != slice)
+		link = &(*link)->hash_next;
+	*link = slice->hash_next;
+	slice->host_off = 0;
+}
+
+static void rehash(struct cache *cache, struct slice *slice, uint64_t host_off)
+{
+	struct slice **link = bucket(cache, host_off);
+
+	slice->host_off = host_off;
+	slice->hash_next = *link;
+	*link = slice;
+}
+
+/* --- room ------------------------------------------------------------------------------------- */
+
+static struct slice *add_slice(struct cache *cache)
+{
+	struct slice *slice = &cache->slices[cache->count];
+
+	slice->data = aligned_alloc(cache->slice_size, cache->slice_size);
+	if (!slice->data)
+		return NULL;
+	list_init(&slice->lru);
+	co_queue_init(&slice->loaded);
+	cache->count++;
+	return slice;
+}
+
+/* A slice that holds nothing; NULL: none can be had now. */
+static struct slice *take_unused(struct cache *cache)
+{
+	if (cache->count < cache->capacity) {
+		struct slice *slice = add_slice(cache);
+
+		if (slice)
+			return slice;
+	}
+	/* Dirty slices are taken off the LRU list, so whatever is on it may go. */
+	struct list *link = list_pop_front(&cache->lru);
+	if (!link)
+		return NULL;
+	struct slice *slice = list_entry(link, struct slice, lru);
+	if (slice->host_off)
+		unhash(cache, slice);
+	return slice;
+}
+
+static void maybe_evictable(struct cache *cache, struct slice *slice)
+{
+	if (slice->users || slice->dirty || slice->loading || !list_empty(&slice->lru))
+		return;
+	list_push_back(&cache->lru, &slice->lru);
+	co_queue_wake_one(&cache->evictable);
+}
+
+static void use(struct slice *slice)
+{
+	if (!slice->users++)
+		list_remove(&slice->lru);
+}
+
+/* A slice for host_off with one user, or the one that another coroutine made meanwhile. */
+static suspends struct slice *claim(struct cache *cache, uint64_t host_off, bool *found)
+{
+	for (;;) {
+		struct slice *slice = find(cache, host_off);
+
+		*found = slice;
+		if (!slice && (slice = take_unused(cache)))
+			rehash(cache, slice, host_off);
+		if (slice) {
+			use(slice);
+			return slice;
+		}
+		qcow_commit_soon(cache->q);
+		co_queue_wait(&cache->evictable);
+	}
+}
+
+/* --- what the layer uses ---------------------------------------------------------------------- */
+
+struct slice *cache_peek(struct cache *cache, uint64_t host_off)
+{
+	struct slice *slice = find(cache, host_off);
+
+	if (!slice || slice->loading)
+		return NULL;
+	if (!list_empty(&slice->lru) && cache->lru.prev != &slice->lru) {
+		list_remove(&slice->lru);
+		list_push_back(&cache->lru, &slice->lru);
+	}
+	cache->hits++;
+	return slice;
+}
+
+suspends int cache_get(struct cache *cache, uint64_t host_off, struct slice **got)
+{
+	bool found;
+	struct slice *slice = claim(cache, host_off, &found);
+
+	if (!found) {
+		cache->misses++;
+		slice->loading = true;
+		slice->load_error = qcow_read_host(
+			cache->q, host_off, slice->data, cache->slice_size);
+		slice->loading = false;
+		co_queue_wake_all(&slice->loaded);
+	} else {
+		cache->hits++;
+		while (slice->loading)
+			co_queue_wait(&slice->loaded);
+	}
+	if (slice->load_error) {
+		int ret = slice->load_error;
+
+		/* The last one to leave forgets it, so that the next attempt reads again. */
+		if (slice->users == 1 && slice->host_off) {
+			unhash(cache, slice);
+			slice->load_error = 0;
+		}
+		cache_put(cache, slice);
+		return ret;
+	}
+	*got = slice;
+	return 0;
+}
+
+suspends int cache_get_new(struct cache *cache, uint64_t host_off, struct slice **got)
+{
+	bool found;
+	struct slice *slice = claim(cache, host_off, &found);
+
+	while (slice->loading)
+		co_queue_wait(&slice->loaded);
+	slice->load_error = 0;
+	memset(slice->data, 0, cache->slice_size);
+	*got = slice;
+	return 0;
+}
+
+void cache_put(struct cache *cache, struct slice *slice)
+{
+	assert(slice->users);
+	slice->users--;
+	maybe_evictable(cache, slice);
+}
+
+void cache_mark_dirty(struct cache *cache, struct slice *slice)
+{
+	if (slice->dirty)
+		return;
+	slice->dirty = true;
+	list_remove(&slice->lru);
+	cache->dirty_count++;
+	if (cache->dirty_count > cache->capacity / 2)
+		qcow_commit_soon(cache->q);
+	else
+		qcow_commit_later(cache->q);
+}
+
+void cache_mark_clean(struct cache *cache, struct slice *slice)
+{
+	if (!slice->dirty)
+		return;
+	slice->dirty = false;
+	cache->dirty_count--;
+	maybe_evictable(cache, slice);
+}
+
+void cache_forget(struct cache *cache, uint64_t host_off, uint64_t len)
+{
+	for (uint64_t off = host_off; off < host_off + len; off += cache->slice_size) {
+		struct slice *slice = find(cache, off);
+
+		if (!slice || slice->users)
+			continue; /* in use: by a reader that pins the cluster, so it is not freed yet */
+		unhash(cache, slice);
+		cache_mark_clean(cache, slice);
+	}
+}
