@@ -17,15 +17,15 @@
 #include "base/err.h"
 
 struct config_export {
-	const char *name;
-	const char *description; /* "" when there is none */
-	const char *device;      /* "/dev/nbd0", "auto", or "" for no kernel device */
+	const char *name;           /* letters, digits and -_.:+@, at most 64 */
+	const char *description;    /* NULL when there is none */
+	const char *device;         /* "/dev/nbd0", "auto", or NULL for no kernel device */
+	uint64_t device_block_size; /* bytes: 512, 1024, 2048, 4096; 0: the stack's, at least 512 */
+	int64_t device_timeout_s;   /* 0: requests of the device may take any time */
 	bool read_only;
-	int64_t device_block_size; /* bytes: 512, 1024, 2048 or 4096 */
-	int64_t device_timeout_s;  /* 0: requests of the device may take any time */
-	int64_t max_connections;   /* NBD clients of this export */
-	const struct conf *stack;  /* CONF_LIST, top first, checked by stack_check() */
-	const struct conf *conf;   /* the export's group */
+	int64_t max_connections;  /* NBD clients of this export */
+	const struct conf *stack; /* CONF_LIST, top first, checked by stack_check() */
+	const struct conf *conf;  /* the export's group */
 };
 
 struct config {
@@ -33,17 +33,16 @@ struct config {
 	struct conf *root; /* owned; everything below points into it */
 
 	/* control */
-	const char *control; /* path of the control socket; "" for none */
+	const char *control; /* address of the control socket; NULL for none */
 	mode_t control_mode; /* of the socket file */
-	uid_t control_uid;   /* besides root, who may change things; (uid_t)-1: nobody */
+	uid_t control_uid;   /* who may change things besides root; (uid_t)-1: nobody */
 	gid_t control_gid;   /* (gid_t)-1: no group */
 
 	/* NBD door */
 	const char **listen; /* addresses, as listener_open() takes them; owned array */
 	size_t listen_count;
-	mode_t listen_mode; /* of the socket files */
-	uid_t listen_uid;   /* who owns them; (uid_t)-1: as they come */
-	gid_t listen_gid;
+	mode_t listen_mode;          /* of the files of unix sockets */
+	gid_t listen_gid;            /* and their group; (gid_t)-1: as it comes */
 	int64_t max_connections;     /* of all exports together, handshakes included */
 	int64_t handshake_timeout_s; /* a client that has not chosen an export by then is dropped */
 
@@ -55,9 +54,10 @@ struct config {
 	size_t export_count;
 };
 
+/* The tables, for --help; ended by a row without a name. */
+extern const struct opt *const config_options;
+extern const struct opt *const config_export_options;
+
 /* Reads and checks the whole file; creates and changes nothing. The error is one line, place included. */
 int config_load(const char *path, struct config **config, struct err *err);
 void config_free(struct config *config); /* NULL is fine */
-
-/* Doors and stacks as a small tree, for people. */
-void config_print(const struct config *config, FILE *out);

@@ -5,8 +5,9 @@
  * one export (resize, attach, detach, stop) wait for each other; reads and writes wait for none of
  * them but where the stack itself must be still.
  *
- * Which thread touches what: `top` and everything below only on `home`; `size` is written there and
- * read anywhere; the rest belongs to the main reactor and does not change while the export runs.
+ * Which thread touches what: `top` and what is below it only on `home`; `size` is written there and
+ * read anywhere; the rest belongs to the main reactor. An export may be gone when a call with it has
+ * returned: look it up again, by name.
  */
 #pragma once
 
@@ -19,74 +20,76 @@
 #include "base/err.h"
 #include "base/list.h"
 #include "blk/blk.h"
+#include "nbd/server.h"
 #include "rt/lock.h"
 #include "rt/reactor.h"
 
 #include "daemon/config.h"
 
 struct daemon;
-struct nbd_export;
 struct kernel_door;
-
-enum export_state { EXPORT_STARTING, EXPORT_RUNNING, EXPORT_STOPPING };
 
 struct export
 {
 	struct list link; /* in daemon->exports */
 	struct daemon *daemon;
 	const struct config_export *config; /* name, description, device, ... */
-	enum export_state state;
+	bool stopping;                      /* in no list any more; calls are refused */
 
 	struct reactor *home;
 	struct blk *top;       /* home only */
 	_Atomic uint64_t size; /* bytes */
-	uint32_t block_size;   /* smallest unit of the top layer: 1 = any byte */
+	uint32_t block_size;   /* the stack's smallest unit: 1 = any byte */
 	bool read_only;
 	struct blk_listener listener;
 
-	struct nbd_export *nbd;     /* what the NBD door and the kernel door serve */
+	struct nbd_export nbd;      /* what both doors serve; counters and connections: on home */
 	struct kernel_door *kernel; /* NULL while no kernel device is attached */
+	uint64_t kernel_size;       /* what it was last told */
 
 	struct co_mutex change; /* held by whoever resizes, attaches, detaches, stops */
-	struct task resized;    /* the size changed by itself: tell the kernel */
+	struct co_group users;  /* calls under way; freed after the last one */
+	struct task resized;    /* posted by home when the size changed */
 	atomic_bool resized_posted;
 };
 
-/* The export of that name, whatever its state; NULL when there is none. */
+/* NULL when there is none of that name. */
 struct export *export_find(struct daemon *daemon, const char *name);
 
 /*
- * Opens the stack on the least used reactor and puts the export into daemon->exports; the kernel device
- * is left to export_attach(). Errors name file, line, export and layer.
+ * Opens the stack on the least used reactor, puts the export into daemon->exports and publishes it to NBD
+ * clients; the kernel device is left to export_attach(). Errors name file, line, export and layer.
  */
 suspends int export_start(struct daemon *daemon, const struct config_export *config,
 	struct export **export, struct err *err);
 
 /*
- * Takes the export out of the list, ends its connections (requests in flight finish until
- * deadline_ns, reactor clock), detaches the kernel device, flushes, closes the stack, frees.
+ * Takes the export out of the list, detaches the kernel device (a device in use too: that is logged),
+ * ends the connections, flushes, closes the stack, frees. Requests in flight have grace_ns before their
+ * connection is cut; how long their layers then take to give up is not bounded.
  */
-suspends void export_stop(struct export *export, uint64_t deadline_ns);
+suspends void export_stop(struct export *export, uint64_t grace_ns);
 
 /*
- * Resizes the stack and then, in the order that never shows a byte that is not there, the kernel
- * device; NBD clients that connect from now on see it too. To shrink needs force.
+ * Resizes the stack and the kernel device, in the order that never shows a byte that is not there;
+ * NBD clients that connect from now on see it too. size is rounded up to the block size. To shrink
+ * needs force.
  */
 suspends int export_resize(struct export *export, uint64_t size, bool force, struct err *err);
 
 /* Everything written so far is durable at return. */
 suspends int export_flush(struct export *export, struct err *err);
 
-/* The range reads as zeroes afterwards and its space is given back; len 0: all from off to the end. */
+/* The range reads as zeroes afterwards and its space is given back. len 0: to the end. */
 suspends int export_discard(struct export *export, uint64_t off, uint64_t len, struct err *err);
 
 /*
- * Attaches a kernel device: "/dev/nbd0", "auto", or NULL for what the config says. Returns when the
- * device is ready to use.
+ * Attaches a kernel device: "/dev/nbd0", "auto", or NULL for what the config says ("auto" when it says
+ * nothing). Returns when the device is ready to use. -EALREADY when one is attached.
  */
 suspends int export_attach(struct export *export, const char *device, struct err *err);
 /* -EBUSY, naming by whom, while the device is in use and not force; -ENOENT when none is attached. */
 suspends int export_detach(struct export *export, bool force, struct err *err);
 
-/* The stack as a tree, as blk_status() gives it; new reference. */
-suspends json_t *export_stack_status(struct export *export);
+/* The stack as a tree, as blk_status() gives it, and what nbd_export_status() tells; new references. */
+suspends void export_status(struct export *export, json_t **stack, json_t **nbd);
