@@ -89,6 +89,10 @@ $(UNITS) $(HELPERS): $O/%: $O/%.o $O/libblkstack.a
 	$(call say,LD,$@)
 	$Q$(CC) $(ALL_CFLAGS) $(LDFLAGS) -o $@ $^ $(TEST_LIBS) $(LDLIBS) -lm
 
+# What the control interface is described by is linked in as it stands.
+$O/daemon/control.o: daemon/org.blkstack.varlink
+$O/tests/unit/test_varlink: $O/daemon/varlink.o
+
 $(BENCHES): $O/%: $O/%.o $(BENCH_OBJ)
 	$(call say,LD,$@)
 	$Q$(CC) $(ALL_CFLAGS) $(LDFLAGS) -o $@ $^ -pthread

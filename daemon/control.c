@@ -1,0 +1,337 @@
+/*
+ * The control socket: who may do what, and the methods that change something; see control.h.
+ *
+ * org.blkstack.varlink, which is linked into the program as it is, describes what the table of methods
+ * below carries out; a test compares the two. A method finds its export, calls the function of
+ * export.h that does the work (on the export's home reactor), and turns a struct err into one
+ * of the errors that the interface declares.
+ *
+ * Authority: what the socket's mode lets in may look. To change things takes root, or the user or group of
+ * the config, judged by what the kernel says of the peer at the time it connected.
+ */
+#include "daemon/control.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/log.h"
+#include "base/util.h"
+#include "daemon/control_private.h"
+#include "daemon/daemon.h"
+#include "daemon/export.h"
+#include "daemon/kernel.h"
+
+#define INTERFACE "org.blkstack"
+
+__asm__(".pushsection .rodata\n"
+	"control_description:\n"
+	".incbin \"daemon/org.blkstack.varlink\"\n"
+	".byte 0\n"
+	".popsection\n");
+extern const char control_description[];
+
+struct daemon *control_daemon(const struct varlink_call *call)
+{
+	return container_of(varlink_call_service(call), struct control, service)->daemon;
+}
+
+/* --- answers ---------------------------------------------------------------------------------- */
+
+suspends static void answer_busy(struct varlink_call *call, const char *text)
+{
+	varlink_error(call, INTERFACE ".Busy",
+		json_pack("{s:s, s:s}", "export", varlink_string(call, "export"), "text", text));
+}
+
+suspends static void answer_failed(struct varlink_call *call, const struct err *err)
+{
+	const char *name = strerrorname_np(err->code);
+
+	varlink_error(call, INTERFACE ".Failed",
+		json_pack("{s:s, s:i, s:s, s:s}", "export", varlink_string(call, "export"), "errno",
+			err->code, "error", name ? name : "", "text", err->text));
+}
+
+/* The end of most methods: ret is what the function that did the work returned. Takes over result. */
+suspends static void answer(
+	struct varlink_call *call, int ret, const struct err *err, json_t *result)
+{
+	if (!ret) {
+		varlink_reply(call, result);
+		return;
+	}
+	json_decref(result);
+	if (ret == -EBUSY)
+		answer_busy(call, err->text);
+	else
+		answer_failed(call, err);
+}
+
+suspends struct export *control_find_export(struct varlink_call *call)
+{
+	const char *name = varlink_string(call, "export");
+	struct export *export = export_find(control_daemon(call), name);
+
+	if (!export)
+		varlink_error(call, INTERFACE ".NoSuchExport", json_pack("{s:s}", "export", name));
+	return export;
+}
+
+/* The same, for methods that change it: it must be running. */
+suspends static struct export *find_running(struct varlink_call *call)
+{
+	struct export *export = control_find_export(call);
+	char text[128];
+
+	if (!export || export->state == EXPORT_RUNNING)
+		return export;
+	snprintf(text, sizeof(text), "the export is %s",
+		export->state == EXPORT_STARTING ? "still starting" : "being stopped");
+	answer_busy(call, text);
+	return NULL;
+}
+
+/* Who changed what belongs into the log, worked or not. */
+static void log_change(const struct varlink_call *call, const char *what,
+	const struct export *export, int ret, const struct err *err)
+{
+	const struct ucred *peer = varlink_call_peer(call);
+
+	if (ret)
+		log_warning("export \"%s\": %s, asked for by uid %u, pid %d, failed: %s",
+			export->config->name, what, peer->uid, peer->pid, err->text);
+	else
+		log_info("export \"%s\": %s, asked for by uid %u, pid %d", export->config->name,
+			what, peer->uid, peer->pid);
+}
+
+/* --- methods ---------------------------------------------------------------------------------- */
+
+suspends static void resize(struct varlink_call *call)
+{
+	struct export *export = find_running(call);
+	uint64_t size = (uint64_t)varlink_int(call, "size", 0);
+	char what[64];
+	struct err err;
+
+	if (!export)
+		return;
+	int ret = export_resize(export, size, varlink_bool(call, "force", false), &err);
+	snprintf(what, sizeof(what), "resize to %llu bytes", (unsigned long long)size);
+	log_change(call, what, export, ret, &err);
+	answer(call, ret, &err, json_pack("{s:I}", "size", (json_int_t)atomic_load(&export->size)));
+}
+
+suspends static void flush(struct varlink_call *call)
+{
+	struct export *export = find_running(call);
+	struct err err;
+
+	if (export)
+		answer(call, export_flush(export, &err), &err, NULL);
+}
+
+suspends static void discard(struct varlink_call *call)
+{
+	struct export *export = find_running(call);
+	uint64_t off = (uint64_t)varlink_int(call, "offset", 0);
+	int64_t len = varlink_int(call, "length", -1);
+	struct err err;
+
+	if (!export)
+		return;
+	/* A length of 0 is nothing to do; to export_discard() it means everything from off on. */
+	int ret = len ? export_discard(export, off, len < 0 ? 0 : (uint64_t)len, &err) : 0;
+	if (len)
+		log_change(call, "discard", export, ret, &err);
+	answer(call, ret, &err, NULL);
+}
+
+suspends static void attach(struct varlink_call *call)
+{
+	struct export *export = find_running(call);
+	const char *device = "";
+	struct err err;
+
+	if (!export)
+		return;
+	int ret = export_attach(export, varlink_string(call, "device"), &err);
+	if (!ret && export->kernel)
+		device = kernel_device(export->kernel);
+	log_change(call, "attach", export, ret, &err);
+	answer(call, ret, &err, json_pack("{s:s}", "device", device));
+}
+
+suspends static void detach(struct varlink_call *call)
+{
+	struct export *export = find_running(call);
+	bool force = varlink_bool(call, "force", false);
+	struct err err;
+
+	if (!export)
+		return;
+	int ret = export_detach(export, force, &err);
+	log_change(call, force ? "forced detach" : "detach", export, ret, &err);
+	answer(call, ret, &err, NULL);
+}
+
+suspends static void shut_down(struct varlink_call *call)
+{
+	const struct ucred *peer = varlink_call_peer(call);
+
+	log_info("shutdown, asked for by uid %u, pid %d", peer->uid, peer->pid);
+	varlink_reply(call, NULL);
+	daemon_stop(control_daemon(call));
+}
+
+static const struct varlink_method methods[] = {
+	{ "Info", .fn = control_info },
+	{ "List", .fn = control_list },
+	{ "Status",
+		.params =
+			(const struct varlink_param[]){
+				{ "export", VARLINK_STRING, .optional = true },
+				{},
+			},
+		.fn = control_status },
+	{ "Resize", .needs_authority = true,
+		.params =
+			(const struct varlink_param[]){
+				{ "export", VARLINK_STRING },
+				{ "size", VARLINK_SIZE },
+				{ "force", VARLINK_BOOL, .optional = true },
+				{},
+			},
+		.fn = resize },
+	{ "Flush", .needs_authority = true,
+		.params =
+			(const struct varlink_param[]){
+				{ "export", VARLINK_STRING },
+				{},
+			},
+		.fn = flush },
+	{ "Discard", .needs_authority = true,
+		.params =
+			(const struct varlink_param[]){
+				{ "export", VARLINK_STRING },
+				{ "offset", VARLINK_SIZE, .optional = true },
+				{ "length", VARLINK_SIZE, .optional = true },
+				{},
+			},
+		.fn = discard },
+	{ "Attach", .needs_authority = true,
+		.params =
+			(const struct varlink_param[]){
+				{ "export", VARLINK_STRING },
+				{ "device", VARLINK_STRING, .optional = true },
+				{},
+			},
+		.fn = attach },
+	{ "Detach", .needs_authority = true,
+		.params =
+			(const struct varlink_param[]){
+				{ "export", VARLINK_STRING },
+				{ "force", VARLINK_BOOL, .optional = true },
+				{},
+			},
+		.fn = detach },
+	{ "Shutdown", .needs_authority = true, .fn = shut_down },
+	{},
+};
+
+static const struct varlink_interface blkstack_interface = {
+	.name = INTERFACE,
+	.description = control_description,
+	.methods = methods,
+};
+
+static const struct varlink_interface *const interfaces[] = { &blkstack_interface, NULL };
+
+/* --- authority -------------------------------------------------------------------------------- */
+
+suspends static bool permit(struct varlink_call *call)
+{
+	const struct config *config = control_daemon(call)->config;
+	uid_t uid = varlink_call_peer(call)->uid;
+	char text[256];
+
+	if (uid == 0)
+		return true;
+	if (config->control_uid != (uid_t)-1 && uid == config->control_uid)
+		return true;
+	if (config->control_gid != (gid_t)-1 &&
+		varlink_call_peer_in_group(call, config->control_gid))
+		return true;
+	snprintf(text, sizeof(text),
+		"uid %u may look but not change anything: only root may, and the user "
+		"and the group that the config file names",
+		uid);
+	log_warning("control: refused %s to uid %u, pid %d", varlink_call_method(call), uid,
+		varlink_call_peer(call)->pid);
+	varlink_error(call, INTERFACE ".NotPermitted",
+		json_pack("{s:s, s:I, s:s}", "method", varlink_call_method(call), "uid",
+			(json_int_t)uid, "text", text));
+	return false;
+}
+
+/* --- the socket ------------------------------------------------------------------------------- */
+
+static void accepted(struct listener *listener, int fd)
+{
+	varlink_serve(&container_of(listener, struct control, listener)->service, fd);
+}
+
+int control_open(struct daemon *daemon, struct control **out, struct err *err)
+{
+	const struct config *config = daemon->config;
+	struct listen_access access = {
+		.mode = config->control_mode,
+		.uid = config->control_uid,
+		.gid = config->control_gid,
+	};
+
+	*out = NULL;
+	if (!config->control[0])
+		return 0;
+	struct control *control = calloc(1, sizeof(*control));
+	if (!control)
+		return err_sys(err, ENOMEM, "control socket");
+	control->daemon = daemon;
+	control->service.vendor = "blkstack";
+	control->service.product = "blkstackd";
+	control->service.version = BLKSTACK_VERSION;
+	control->service.url = "";
+	control->service.interfaces = interfaces;
+	control->service.permit = permit;
+	varlink_init(&control->service);
+	int ret = listener_open(&control->listener, config->control, &access, err);
+	if (ret) {
+		free(control);
+		return err_wrap(err, "control socket");
+	}
+	*out = control;
+	return 0;
+}
+
+int control_start(struct control *control, struct err *err)
+{
+	int ret = listener_start(&control->listener, accepted);
+
+	return ret ? err_sys(err, -ret, "control socket") : 0;
+}
+
+suspends void control_stop(struct control *control)
+{
+	listener_stop(&control->listener);
+	varlink_stop(&control->service);
+}
+
+void control_free(struct control *control)
+{
+	if (!control)
+		return;
+	listener_close(&control->listener);
+	free(control);
+}
