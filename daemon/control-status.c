@@ -5,7 +5,8 @@
  * in which common keys and the layer's own stand side by side. Here the common ones become the type Layer of
  * org.blkstack.varlink, and the others its `details`, so that a new layer changes no declared type.
  *
- * Exports stay where they are while this runs: they are taken down only after control_stop().
+ * Asking an export suspends, and the list of exports may change meanwhile: so all of them are collected, and
+ * kept from being freed, before the first is asked.
  */
 #include <string.h>
 #include <unistd.h>
@@ -16,12 +17,6 @@
 #include "daemon/export.h"
 #include "daemon/kernel.h"
 #include "nbd/server.h"
-
-static const char *const state_names[] = {
-	[EXPORT_STARTING] = "starting",
-	[EXPORT_RUNNING] = "running",
-	[EXPORT_STOPPING] = "stopping",
-};
 
 /* --- the daemon ------------------------------------------------------------------------------- */
 
@@ -57,12 +52,12 @@ static json_t *export_summary(const struct export *export)
 {
 	const char *device = export->kernel ? kernel_device(export->kernel) : NULL;
 
-	return json_pack("{s:s, s:s, s:s, s:I, s:I, s:b, s:o, s:s?, s:i}", "name",
-		export->config->name, "description", export->config->description, "state",
-		state_names[export->state], "size", (json_int_t)atomic_load(&export->size),
-		"block_size", (json_int_t) export->block_size, "read_only", export->read_only,
-		"layers", layer_names(export->config->stack), "device", device, "clients",
-		export->nbd ? (int)export->nbd->clients.running : 0);
+	return json_pack("{s:s, s:s, s:I, s:I, s:b, s:o, s:s?, s:i}", "name", export->config->name,
+		"description", export->config->description, "size",
+		(json_int_t)atomic_load(&export->size), "block_size",
+		(json_int_t) export->block_size, "read_only", export->read_only, "layers",
+		layer_names(export->config->stack), "device", device, "clients",
+		(int)export->nbd.clients.running);
 }
 
 suspends void control_list(struct varlink_call *call)

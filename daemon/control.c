@@ -39,12 +39,6 @@ struct daemon *control_daemon(const struct varlink_call *call)
 
 /* --- answers ---------------------------------------------------------------------------------- */
 
-suspends static void answer_busy(struct varlink_call *call, const char *text)
-{
-	varlink_error(call, INTERFACE ".Busy",
-		json_pack("{s:s, s:s}", "export", varlink_string(call, "export"), "text", text));
-}
-
 suspends static void answer_failed(struct varlink_call *call, const struct err *err)
 {
 	const char *name = strerrorname_np(err->code);
@@ -64,33 +58,28 @@ suspends static void answer(
 	}
 	json_decref(result);
 	if (ret == -EBUSY)
-		answer_busy(call, err->text);
+		varlink_error(call, INTERFACE ".Busy",
+			json_pack("{s:s, s:s}", "export", varlink_string(call, "export"), "text",
+				err->text));
 	else
 		answer_failed(call, err);
 }
 
-suspends struct export *control_find_export(struct varlink_call *call)
+suspends struct export *control_get_export(struct varlink_call *call)
 {
 	const char *name = varlink_string(call, "export");
 	struct export *export = export_find(control_daemon(call), name);
 
-	if (!export)
+	if (export)
+		co_group_enter(&export->users);
+	else
 		varlink_error(call, INTERFACE ".NoSuchExport", json_pack("{s:s}", "export", name));
 	return export;
 }
 
-/* The same, for methods that change it: it must be running. */
-suspends static struct export *find_running(struct varlink_call *call)
+void control_put_export(struct export *export)
 {
-	struct export *export = control_find_export(call);
-	char text[128];
-
-	if (!export || export->state == EXPORT_RUNNING)
-		return export;
-	snprintf(text, sizeof(text), "the export is %s",
-		export->state == EXPORT_STARTING ? "still starting" : "being stopped");
-	answer_busy(call, text);
-	return NULL;
+	co_group_leave(&export->users);
 }
 
 /* Who changed what belongs into the log, worked or not. */
@@ -111,7 +100,7 @@ static void log_change(const struct varlink_call *call, const char *what,
 
 suspends static void resize(struct varlink_call *call)
 {
-	struct export *export = find_running(call);
+	struct export *export = control_get_export(call);
 	uint64_t size = (uint64_t)varlink_int(call, "size", 0);
 	char what[64];
 	struct err err;
@@ -122,20 +111,23 @@ suspends static void resize(struct varlink_call *call)
 	snprintf(what, sizeof(what), "resize to %llu bytes", (unsigned long long)size);
 	log_change(call, what, export, ret, &err);
 	answer(call, ret, &err, json_pack("{s:I}", "size", (json_int_t)atomic_load(&export->size)));
+	control_put_export(export);
 }
 
 suspends static void flush(struct varlink_call *call)
 {
-	struct export *export = find_running(call);
+	struct export *export = control_get_export(call);
 	struct err err;
 
-	if (export)
-		answer(call, export_flush(export, &err), &err, NULL);
+	if (!export)
+		return;
+	answer(call, export_flush(export, &err), &err, NULL);
+	control_put_export(export);
 }
 
 suspends static void discard(struct varlink_call *call)
 {
-	struct export *export = find_running(call);
+	struct export *export = control_get_export(call);
 	uint64_t off = (uint64_t)varlink_int(call, "offset", 0);
 	int64_t len = varlink_int(call, "length", -1);
 	struct err err;
@@ -147,11 +139,12 @@ suspends static void discard(struct varlink_call *call)
 	if (len)
 		log_change(call, "discard", export, ret, &err);
 	answer(call, ret, &err, NULL);
+	control_put_export(export);
 }
 
 suspends static void attach(struct varlink_call *call)
 {
-	struct export *export = find_running(call);
+	struct export *export = control_get_export(call);
 	const char *device = "";
 	struct err err;
 
@@ -162,11 +155,12 @@ suspends static void attach(struct varlink_call *call)
 		device = kernel_device(export->kernel);
 	log_change(call, "attach", export, ret, &err);
 	answer(call, ret, &err, json_pack("{s:s}", "device", device));
+	control_put_export(export);
 }
 
 suspends static void detach(struct varlink_call *call)
 {
-	struct export *export = find_running(call);
+	struct export *export = control_get_export(call);
 	bool force = varlink_bool(call, "force", false);
 	struct err err;
 
@@ -175,6 +169,7 @@ suspends static void detach(struct varlink_call *call)
 	int ret = export_detach(export, force, &err);
 	log_change(call, force ? "forced detach" : "detach", export, ret, &err);
 	answer(call, ret, &err, NULL);
+	control_put_export(export);
 }
 
 suspends static void shut_down(struct varlink_call *call)

@@ -18,8 +18,7 @@ int control_open(struct daemon *daemon, struct control **control, struct err *er
 int control_start(struct control *control, struct err *err);
 
 /*
- * Accepts no more, disconnects silent peers, and returns when calls under way are answered. Exports are
- * taken down only after this: a method in progress holds on to its export.
+ * Accepts no more, disconnects silent peers, and returns when calls under way are answered.
  */
 suspends void control_stop(struct control *control);
 

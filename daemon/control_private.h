@@ -17,8 +17,12 @@ struct control {
 
 struct daemon *control_daemon(const struct varlink_call *call);
 
-/* The export that the parameter "export" names; NULL when there is none: the call is answered then. */
-suspends struct export *control_find_export(struct varlink_call *call);
+/*
+ * The export that the parameter "export" names, kept from being freed until control_put_export(); NULL
+ * when there is none: the call is answered then.
+ */
+suspends struct export *control_get_export(struct varlink_call *call);
+void control_put_export(struct export *export);
 
 /* Methods that only look; in control-status.c. */
 suspends void control_info(struct varlink_call *call);
