@@ -24,10 +24,9 @@
 #include "base/err.h"
 #include "base/list.h"
 #include "blk/blk.h"
+#include "nbd/proto.h"
 #include "rt/lock.h"
 #include "rt/reactor.h"
-
-#define NBD_NAME_MAX_BYTES 4096 /* "Conventions": of a name or description */
 
 struct nbd_limits {
 	uint64_t handshake_ns;      /* from the first byte to the end of the handshake */
@@ -61,11 +60,12 @@ struct nbd_counters {
 
 /* A disk as clients see it. Embedded in the owner's struct; the owner sets the first part. */
 struct nbd_export {
-	const char *name;        /* 1 to NBD_NAME_MAX_BYTES bytes */
-	const char *description; /* likewise, or NULL */
+	const char *name;        /* 1 to NBD_STRING_MAX_BYTES bytes */
+	const char *description; /* at most as long; NULL or "": none */
 	struct blk *blk;
 	struct reactor *home; /* blk's; transmission runs there */
 	bool read_only;       /* whatever blk allows */
+	unsigned max_clients; /* nbd_client() at once; 0: any number */
 
 	/* On the server's reactor. */
 	struct list link;        /* in nbd_server.exports */
@@ -103,10 +103,10 @@ suspends int nbd_serve(struct nbd_export *export, int fd, const struct nbd_limit
 
 struct nbd_server {
 	struct nbd_limits limits;
-	struct list exports;    /* of struct nbd_export; the first one is the default export */
-	struct list handshakes; /* under way */
-	struct co_group clients;
-	bool closing; /* handshakes are refused with NBD_REP_ERR_SHUTDOWN */
+	struct list exports;     /* of struct nbd_export; the first one is the default export */
+	struct list handshakes;  /* under way */
+	struct co_group clients; /* nbd_client() calls */
+	bool closing;            /* nbd_client() refuses with -ESHUTDOWN */
 };
 
 /* Everything below is called on one reactor, the server's. */
@@ -118,8 +118,11 @@ int nbd_publish(struct nbd_server *server, struct nbd_export *export, struct err
 /* Hides it from new clients, then nbd_export_close(). Harmless when it was never published. */
 suspends void nbd_withdraw(struct nbd_export *export, uint64_t grace_ns);
 
-/* Ends all handshakes, and all clients of all exports as nbd_withdraw() does; returns when none is left. */
-suspends void nbd_server_close(struct nbd_server *server, uint64_t grace_ns);
+/*
+ * For the end: nothing accepts clients any more, and every export was withdrawn. Ends the handshakes
+ * that are left and returns when no nbd_client() runs.
+ */
+suspends void nbd_server_close(struct nbd_server *server);
 
 /* Takes fd over. peer: who it is, for status and log, e.g. "127.0.0.1:40312". 0 or -errno as nbd_serve(). */
 suspends int nbd_client(struct nbd_server *server, int fd, const char *peer);
