@@ -95,7 +95,7 @@ uint16_t nbd_export_flags(const struct nbd_export *export);
 /* Home reactor. {"connections": n, "requests": {"read": {"requests", "bytes"}, ...}, "errors", "clients": [...]} */
 json_t *nbd_export_status(struct nbd_export *export);
 
-/* Home reactor. Serves until the client leaves. 0, or -errno when that was not at a boundary between requests. */
+/* Home reactor. Serves until the client leaves. limits outlive the call; read_only: also when the export is not. 0, or -errno when that was not at a boundary between requests. */
 suspends int nbd_serve(struct nbd_export *export, int fd, const struct nbd_limits *limits,
 	bool read_only, const char *peer);
 

@@ -1,0 +1,232 @@
+/*
+ * Exports and their connections: how a connection begins, ends, is ended, and what is known about it.
+ *
+ * A connection is over when its receiver has returned, every request has been answered by the layers and
+ * every reply is sent or given up: only then are its buffers nobody's. nbd_serve() does not return before.
+ */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "base/log.h"
+#include "base/util.h"
+#include "nbd/conn.h"
+
+const struct nbd_limits nbd_limits_default = {
+	.handshake_ns = 10 * NS_PER_SEC,
+	.linger_ns = 30 * NS_PER_SEC,
+	.handshake_options = 64, /* the busiest clients send about ten */
+	.requests = 256,         /* the kernel and libnbd users keep 64 to 128 in flight */
+	.buffer_bytes = 32U << 20,
+};
+
+void nbd_export_init(struct nbd_export *export, const char *name, const char *description,
+	struct blk *blk, struct reactor *home, bool read_only)
+{
+	*export = (struct nbd_export){
+		.name = name,
+		.description = description,
+		.blk = blk,
+		.home = home,
+		.read_only = read_only,
+	};
+	list_init(&export->link);
+	list_init(&export->conns);
+	co_group_init(&export->clients);
+	co_group_init(&export->serving);
+}
+
+uint16_t nbd_export_flags(const struct nbd_export *export)
+{
+	uint16_t flags = NBD_FLAG_HAS_FLAGS | NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA;
+
+	/* A flush reaches the stack, which all connections share: "NBD_FLAG_CAN_MULTI_CONN". */
+	flags |= NBD_FLAG_CAN_MULTI_CONN;
+	if (export->read_only || blk_caps(export->blk)->read_only)
+		return flags | NBD_FLAG_READ_ONLY;
+	return flags | NBD_FLAG_SEND_TRIM | NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO;
+}
+
+/* --- one connection --------------------------------------------------------------------------- */
+
+static void conn_free(struct nbd_conn *conn)
+{
+	if (!conn)
+		return;
+	free(conn->slots);
+	free(conn->peer);
+	free(conn);
+}
+
+static struct nbd_conn *conn_create(struct nbd_export *export, const struct nbd_limits *limits,
+	bool read_only, const char *peer)
+{
+	struct nbd_conn *conn = calloc(1, sizeof(*conn));
+
+	if (!conn)
+		return NULL;
+	conn->export = export;
+	conn->limits = limits;
+	conn->read_only = read_only || (nbd_export_flags(export) & NBD_FLAG_READ_ONLY);
+	conn->since_ns = reactor_now_ns();
+	conn->peer = strdup(peer);
+	conn->slots = calloc(limits->requests, sizeof(*conn->slots));
+	if (!conn->peer || !conn->slots) {
+		conn_free(conn);
+		return NULL;
+	}
+	list_init(&conn->free);
+	for (unsigned i = 0; i < limits->requests; i++)
+		list_push_back(&conn->free, &conn->slots[i].link);
+	co_queue_init(&conn->room);
+	nbd_reply_init(conn);
+	return conn;
+}
+
+/* Reads no more requests; those that were read are answered. */
+static void conn_stop(struct nbd_conn *conn)
+{
+	conn->stopping = true;
+	/* Wakes the receiver with an end of stream; in the middle of a request it reads on to its end. */
+	if (conn->between_requests)
+		shutdown(conn->stream.fd, SHUT_RD);
+}
+
+/* The receiver is through: waits for the requests under way, and a while for their replies to be read. */
+static suspends void conn_finish(struct nbd_conn *conn)
+{
+	uint64_t deadline_ns = reactor_now_ns() + conn->limits->linger_ns;
+
+	while (conn->in_flight || conn->sending) {
+		if (co_queue_wait_until(&conn->room, deadline_ns))
+			continue;
+		nbd_conn_break(conn, -ETIMEDOUT);
+		deadline_ns = NO_DEADLINE;
+	}
+	reactor_defer_cancel(&conn->send_ready);
+}
+
+static void add_counters(struct nbd_counters *sum, const struct nbd_counters *counters)
+{
+	for (int i = 0; i < NBD_COUNTERS; i++) {
+		sum->requests[i] += counters->requests[i];
+		sum->bytes[i] += counters->bytes[i];
+	}
+	sum->errors += counters->errors;
+}
+
+suspends int nbd_serve(struct nbd_export *export, int fd, const struct nbd_limits *limits,
+	bool read_only, const char *peer)
+{
+	if (export->closing) {
+		close(fd);
+		return -ESHUTDOWN;
+	}
+	struct nbd_conn *conn = conn_create(export, limits, read_only, peer);
+	if (!conn) {
+		close(fd);
+		return -ENOMEM;
+	}
+	int ret = stream_init(&conn->stream, fd);
+	if (ret) {
+		conn_free(conn);
+		return ret;
+	}
+	list_push_back(&export->conns, &conn->link);
+	co_group_enter(&export->serving);
+	ret = nbd_receive_requests(conn);
+	if (ret)
+		log_debug("nbd: export \"%s\": client %s: %s", export->name, peer, strerror(-ret));
+	conn_finish(conn);
+	stream_fini(&conn->stream);
+	list_remove(&conn->link);
+	add_counters(&export->counters, &conn->counters);
+	conn_free(conn);
+	co_group_leave(&export->serving);
+	return ret;
+}
+
+/* --- all of them ------------------------------------------------------------------------------ */
+
+struct cut {
+	struct timer timer;
+	struct nbd_export *export;
+};
+
+static void cut_all(struct timer *timer)
+{
+	struct cut *cut = container_of(timer, struct cut, timer);
+
+	list_for_each (link, &cut->export->conns)
+		nbd_conn_break(list_entry(link, struct nbd_conn, link), -ESHUTDOWN);
+}
+
+suspends void nbd_export_close(struct nbd_export *export, uint64_t grace_ns)
+{
+	struct cut cut = { .export = export };
+
+	export->closing = true;
+	list_for_each (link, &export->conns)
+		conn_stop(list_entry(link, struct nbd_conn, link));
+	timer_init(&cut.timer, cut_all);
+	timer_arm(&cut.timer, reactor_now_ns() + grace_ns);
+	co_group_wait(&export->serving);
+	timer_cancel(&cut.timer);
+}
+
+/* --- status ----------------------------------------------------------------------------------- */
+
+static void put_counters(json_t *object, const struct nbd_counters *counters)
+{
+	static const char *const names[NBD_COUNTERS] = {
+		[NBD_COUNT_READ] = "read",
+		[NBD_COUNT_WRITE] = "write",
+		[NBD_COUNT_FLUSH] = "flush",
+		[NBD_COUNT_TRIM] = "trim",
+		[NBD_COUNT_ZERO] = "zero",
+	};
+	json_t *requests = json_object();
+
+	for (int i = 0; i < NBD_COUNTERS; i++)
+		json_object_set_new(requests, names[i],
+			json_pack("{s:I, s:I}", "requests", (json_int_t)counters->requests[i],
+				"bytes", (json_int_t)counters->bytes[i]));
+	json_object_set_new(object, "requests", requests);
+	json_object_set_new(object, "errors", json_integer((json_int_t)counters->errors));
+}
+
+static json_t *client_status(const struct nbd_conn *conn)
+{
+	uint64_t age_ns = reactor_now_ns() - conn->since_ns;
+	json_t *client = json_object();
+
+	json_object_set_new(client, "peer", json_string(conn->peer));
+	json_object_set_new(
+		client, "connected_seconds", json_integer((json_int_t)(age_ns / NS_PER_SEC)));
+	json_object_set_new(client, "read_only", json_boolean(conn->read_only));
+	json_object_set_new(client, "in_flight", json_integer(conn->in_flight));
+	json_object_set_new(
+		client, "buffered_bytes", json_integer((json_int_t)conn->buffered_bytes));
+	put_counters(client, &conn->counters);
+	return client;
+}
+
+json_t *nbd_export_status(struct nbd_export *export)
+{
+	json_t *status = json_object(), *clients = json_array();
+	struct nbd_counters sum = export->counters;
+
+	list_for_each (link, &export->conns) {
+		struct nbd_conn *conn = list_entry(link, struct nbd_conn, link);
+
+		add_counters(&sum, &conn->counters);
+		json_array_append_new(clients, client_status(conn));
+	}
+	json_object_set_new(
+		status, "connections", json_integer((json_int_t)json_array_size(clients)));
+	put_counters(status, &sum);
+	json_object_set_new(status, "clients", clients);
+	return status;
+}

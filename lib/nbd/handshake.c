@@ -1,0 +1,394 @@
+/*
+ * The handshake, fixed newstyle: "Newstyle negotiation" and "Fixed newstyle negotiation".
+ *
+ * The server greets, the client answers with flags, then sends options one by one; each is answered
+ * with one or more replies before the next is read. One function per option, in the table below;
+ * an option that is not in it is refused and the client goes on.
+ *
+ * Nothing a client sends is trusted or kept: an option's data is read only when it fits into a fixed
+ * buffer, longer data is thrown away up to a bound; the options are counted; everything together has a
+ * deadline. The export that was found is counted in its `clients` before anything suspends, so it
+ * cannot go away.
+ */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/util.h"
+#include "nbd/handshake.h"
+#include "nbd/proto.h"
+
+/* Option data that does not fit is skipped up to this length; a longer one ends the connection. */
+#define SKIP_MAX_BYTES (1U << 20)
+
+/* "Size constraints": what we ask of clients. Smaller requests work, the stack takes care. */
+#define MINIMUM_BLOCK_BYTES   1U
+#define PREFERRED_BLOCK_BYTES 4096U
+
+/* What a handler says: the client goes on with its next option, or the handshake is over. Or -errno. */
+enum { NEXT_OPTION, HANDSHAKE_OVER };
+
+/* --- replies ---------------------------------------------------------------------------------- */
+
+static void append(struct nbd_handshake *handshake, const void *data, size_t len_bytes)
+{
+	if (!len_bytes || handshake->no_memory)
+		return;
+	uint8_t *grown = realloc(handshake->replies, handshake->replies_bytes + len_bytes);
+	if (!grown) {
+		handshake->no_memory = true;
+		return;
+	}
+	memcpy(grown + handshake->replies_bytes, data, len_bytes);
+	handshake->replies = grown;
+	handshake->replies_bytes += len_bytes;
+}
+
+/* A reply's data is head, then tail. */
+static void reply(struct nbd_handshake *handshake, uint32_t type, const void *head,
+	size_t head_bytes, const char *tail)
+{
+	size_t tail_bytes = tail ? strlen(tail) : 0;
+	struct nbd_option_reply header = {
+		.magic = be64_make(NBD_OPTION_REPLY_MAGIC),
+		.option = be32_make(handshake->option),
+		.type = be32_make(type),
+		.len = be32_make((uint32_t)(head_bytes + tail_bytes)),
+	};
+
+	append(handshake, &header, sizeof(header));
+	append(handshake, head, head_bytes);
+	append(handshake, tail, tail_bytes);
+}
+
+static void reply_ack(struct nbd_handshake *handshake)
+{
+	reply(handshake, NBD_REP_ACK, NULL, 0, NULL);
+}
+
+/* The text is for the client's user. */
+static void reply_error(struct nbd_handshake *handshake, uint32_t type, const char *text)
+{
+	reply(handshake, type, NULL, 0, text);
+}
+
+static suspends int send_all(struct nbd_handshake *handshake, const void *data, size_t len_bytes)
+{
+	struct iovec iov = { (void *)data, len_bytes };
+
+	return stream_send(&handshake->stream, &iov, 1, handshake->deadline_ns);
+}
+
+static suspends int send_replies(struct nbd_handshake *handshake)
+{
+	int ret = handshake->no_memory ? -ENOMEM : 0;
+
+	if (!ret && handshake->replies_bytes)
+		ret = send_all(handshake, handshake->replies, handshake->replies_bytes);
+	free(handshake->replies);
+	handshake->replies = NULL;
+	handshake->replies_bytes = 0;
+	return ret;
+}
+
+/* --- exports ---------------------------------------------------------------------------------- */
+
+/* An empty name is the default export. NULL when there is none of that name. */
+static struct nbd_export *find_export(
+	struct nbd_handshake *handshake, const uint8_t *name, size_t name_bytes)
+{
+	list_for_each (link, &handshake->server->exports) {
+		struct nbd_export *export = list_entry(link, struct nbd_export, link);
+
+		if (!name_bytes || (strlen(export->name) == name_bytes &&
+					   !memcmp(export->name, name, name_bytes)))
+			return export;
+	}
+	return NULL;
+}
+
+static bool is_full(const struct nbd_export *export)
+{
+	return export->max_clients && export->clients.running >= export->max_clients;
+}
+
+/* What an export is like at this moment; asked on its home reactor. */
+struct properties {
+	struct nbd_export *export;
+	uint64_t size;
+	uint16_t flags;
+	uint32_t preferred_bytes;
+};
+
+static void look_up_properties(void *arg)
+{
+	struct properties *properties = arg;
+	const struct blk_caps *caps = blk_caps(properties->export->blk);
+
+	properties->size = caps->size;
+	properties->flags = nbd_export_flags(properties->export);
+	properties->preferred_bytes = MAX(caps->preferred_size, PREFERRED_BLOCK_BYTES);
+	properties->preferred_bytes = MIN(properties->preferred_bytes, BLK_REQUEST_MAX);
+}
+
+/* --- options ---------------------------------------------------------------------------------- */
+
+/* No errors can be told here: an export that cannot be had ends the connection. */
+static suspends int option_export_name(struct nbd_handshake *handshake)
+{
+	struct nbd_export *export = find_export(handshake, handshake->data, handshake->len);
+
+	if (!export || is_full(export))
+		return export ? -EUSERS : -ENOENT;
+	struct properties properties = { .export = export };
+	co_group_enter(&export->clients);
+	co_call_on(export->home, look_up_properties, &properties);
+	struct nbd_export_name_reply answer = {
+		.size = be64_make(properties.size),
+		.flags = be16_make(properties.flags),
+	};
+	size_t answer_bytes = handshake->no_zeroes ? offsetof(struct nbd_export_name_reply, zeroes)
+						   : sizeof(answer);
+	int ret = send_all(handshake, &answer, answer_bytes);
+	if (ret) {
+		co_group_leave(&export->clients);
+		return ret;
+	}
+	handshake->chosen = export;
+	return HANDSHAKE_OVER;
+}
+
+static suspends int option_abort(struct nbd_handshake *handshake)
+{
+	reply_ack(handshake);
+	send_replies(handshake); /* the client may be gone already, and may be so */
+	return HANDSHAKE_OVER;
+}
+
+static suspends int option_list(struct nbd_handshake *handshake)
+{
+	if (handshake->len) {
+		reply_error(handshake, NBD_REP_ERR_INVALID, "NBD_OPT_LIST has no data");
+		return NEXT_OPTION;
+	}
+	list_for_each (link, &handshake->server->exports) {
+		struct nbd_export *export = list_entry(link, struct nbd_export, link);
+		uint32_t name_bytes = (uint32_t)strlen(export->name);
+		struct {
+			be32 name_bytes;
+			char name[NBD_STRING_MAX_BYTES];
+		} head = { .name_bytes = be32_make(name_bytes) };
+
+		memcpy(head.name, export->name, name_bytes);
+		reply(handshake, NBD_REP_SERVER, &head, sizeof(head.name_bytes) + name_bytes,
+			export->description);
+	}
+	reply_ack(handshake);
+	return NEXT_OPTION;
+}
+
+/* The data of NBD_OPT_INFO and NBD_OPT_GO, taken apart. */
+struct info_request {
+	const uint8_t *name;
+	uint32_t name_bytes;
+	unsigned wanted; /* bit n: enum nbd_info n; unknown ones are ignored */
+};
+
+static bool parse_info_request(const struct nbd_handshake *handshake, struct info_request *request)
+{
+	const uint8_t *data = handshake->data;
+	be32 name_bytes;
+	be16 count, info;
+
+	if (handshake->len < sizeof(name_bytes) + sizeof(count))
+		return false;
+	memcpy(&name_bytes, data, sizeof(name_bytes));
+	request->name = data + sizeof(name_bytes);
+	request->name_bytes = be32_get(name_bytes);
+	size_t rest_bytes = handshake->len - sizeof(name_bytes) - sizeof(count);
+	if (request->name_bytes > rest_bytes)
+		return false;
+	rest_bytes -= request->name_bytes;
+	data = request->name + request->name_bytes;
+	memcpy(&count, data, sizeof(count));
+	if (rest_bytes != be16_get(count) * sizeof(info))
+		return false;
+	request->wanted = 0;
+	for (unsigned i = 0; i < be16_get(count); i++) {
+		memcpy(&info, data + sizeof(count) + i * sizeof(info), sizeof(info));
+		if (be16_get(info) <= NBD_INFO_BLOCK_SIZE)
+			request->wanted |= 1U << be16_get(info);
+	}
+	return true;
+}
+
+static void reply_info_text(struct nbd_handshake *handshake, enum nbd_info type, const char *text)
+{
+	be16 head = be16_make(type);
+
+	reply(handshake, NBD_REP_INFO, &head, sizeof(head), text);
+}
+
+static void reply_infos(
+	struct nbd_handshake *handshake, unsigned wanted, const struct properties *properties)
+{
+	const struct nbd_export *export = properties->export;
+	struct nbd_info_export info = {
+		.type = be16_make(NBD_INFO_EXPORT),
+		.size = be64_make(properties->size),
+		.flags = be16_make(properties->flags),
+	};
+	struct nbd_info_block_size block_size = {
+		.type = be16_make(NBD_INFO_BLOCK_SIZE),
+		.minimum = be32_make(MINIMUM_BLOCK_BYTES),
+		.preferred = be32_make(properties->preferred_bytes),
+		.max_payload = be32_make(BLK_REQUEST_MAX),
+	};
+
+	reply(handshake, NBD_REP_INFO, &info, sizeof(info), NULL);
+	if (wanted & 1U << NBD_INFO_NAME)
+		reply_info_text(handshake, NBD_INFO_NAME, export->name);
+	if (wanted & 1U << NBD_INFO_DESCRIPTION && export->description && *export->description)
+		reply_info_text(handshake, NBD_INFO_DESCRIPTION, export->description);
+	if (wanted & 1U << NBD_INFO_BLOCK_SIZE)
+		reply(handshake, NBD_REP_INFO, &block_size, sizeof(block_size), NULL);
+}
+
+/* NBD_OPT_INFO and NBD_OPT_GO: the same, but that after a success GO ends the handshake. */
+static suspends int option_info(struct nbd_handshake *handshake)
+{
+	struct info_request request;
+
+	if (!parse_info_request(handshake, &request)) {
+		reply_error(
+			handshake, NBD_REP_ERR_INVALID, "the lengths in the data do not add up");
+		return NEXT_OPTION;
+	}
+	struct nbd_export *export = find_export(handshake, request.name, request.name_bytes);
+	if (!export) {
+		reply_error(handshake, NBD_REP_ERR_UNKNOWN, "there is no export of that name");
+		return NEXT_OPTION;
+	}
+	if (handshake->option == NBD_OPT_GO && is_full(export)) {
+		reply_error(
+			handshake, NBD_REP_ERR_POLICY, "the export has as many clients as allowed");
+		return NEXT_OPTION;
+	}
+	struct properties properties = { .export = export };
+	co_group_enter(&export->clients);
+	co_call_on(export->home, look_up_properties, &properties);
+	reply_infos(handshake, request.wanted, &properties);
+	reply_ack(handshake);
+	int ret = send_replies(handshake);
+	if (!ret && handshake->option == NBD_OPT_GO) {
+		handshake->chosen = export;
+		return HANDSHAKE_OVER;
+	}
+	co_group_leave(&export->clients);
+	return ret;
+}
+
+static const struct option {
+	uint32_t number;
+	suspends int (*answer)(struct nbd_handshake *handshake);
+} options[] = {
+	{ NBD_OPT_EXPORT_NAME, option_export_name },
+	{ NBD_OPT_ABORT, option_abort },
+	{ NBD_OPT_LIST, option_list },
+	{ NBD_OPT_INFO, option_info },
+	{ NBD_OPT_GO, option_info },
+};
+
+static const struct option *find_option(uint32_t number)
+{
+	for (size_t i = 0; i < ARRAY_LEN(options); i++)
+		if (options[i].number == number)
+			return &options[i];
+	return NULL;
+}
+
+/* --- the conversation ------------------------------------------------------------------------- */
+
+static suspends int receive(struct nbd_handshake *handshake, void *data, size_t len_bytes)
+{
+	return stream_recv_exact(&handshake->stream, data, len_bytes, handshake->deadline_ns);
+}
+
+static suspends int greet(struct nbd_handshake *handshake)
+{
+	struct nbd_greeting greeting = {
+		.magic = be64_make(NBD_MAGIC),
+		.option_magic = be64_make(NBD_OPTION_MAGIC),
+		.flags = be16_make(NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES),
+	};
+	be32 flags;
+	int ret = send_all(handshake, &greeting, sizeof(greeting));
+
+	if (!ret)
+		ret = receive(handshake, &flags, sizeof(flags));
+	if (ret)
+		return ret;
+	handshake->no_zeroes = be32_get(flags) & NBD_FLAG_C_NO_ZEROES;
+	/* "Client flags": the connection must end when there is an unknown one. */
+	if (be32_get(flags) & ~(NBD_FLAG_C_FIXED_NEWSTYLE | NBD_FLAG_C_NO_ZEROES))
+		return -EPROTO;
+	return 0;
+}
+
+static suspends int skip_data(struct nbd_handshake *handshake)
+{
+	uint32_t left_bytes = handshake->len;
+
+	if (left_bytes > SKIP_MAX_BYTES)
+		return -EPROTO;
+	while (left_bytes) {
+		uint32_t piece_bytes = MIN(left_bytes, (uint32_t)sizeof(handshake->data));
+		int ret = receive(handshake, handshake->data, piece_bytes);
+
+		if (ret)
+			return ret;
+		left_bytes -= piece_bytes;
+	}
+	return 0;
+}
+
+static suspends int answer_option(struct nbd_handshake *handshake)
+{
+	struct nbd_option_header header;
+	int ret = receive(handshake, &header, sizeof(header));
+
+	if (ret)
+		return ret;
+	if (be64_get(header.magic) != NBD_OPTION_MAGIC)
+		return -EPROTO;
+	handshake->option = be32_get(header.option);
+	handshake->len = be32_get(header.len);
+	const struct option *option = find_option(handshake->option);
+	if (option && handshake->len <= sizeof(handshake->data)) {
+		ret = receive(handshake, handshake->data, handshake->len);
+		if (!ret)
+			ret = option->answer(handshake);
+	} else {
+		ret = skip_data(handshake);
+		if (handshake->option == NBD_OPT_EXPORT_NAME)
+			return ret ? ret : -ENAMETOOLONG; /* no other way to refuse it */
+		if (option)
+			reply_error(handshake, NBD_REP_ERR_TOO_BIG, "the data is too long");
+		else
+			reply_error(handshake, NBD_REP_ERR_UNSUP, "unknown option");
+	}
+	if (ret == NEXT_OPTION)
+		ret = send_replies(handshake);
+	return ret;
+}
+
+suspends int nbd_handshake_run(struct nbd_handshake *handshake)
+{
+	int ret = greet(handshake);
+
+	for (unsigned i = 0; !ret && i < handshake->server->limits.handshake_options; i++)
+		ret = answer_option(handshake);
+	if (ret == HANDSHAKE_OVER)
+		return 0;
+	return ret ? ret : -EPROTO; /* too many options */
+}

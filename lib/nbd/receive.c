@@ -1,0 +1,321 @@
+/*
+ * Receiving requests: one coroutine per connection, straight-line, and batched all the same.
+ *
+ * need() is the heart: it returns at once while enough bytes are at hand, so a whole batch of requests is
+ * run between two receives. Only when bytes are missing does it send the replies that are ready
+ * and go to the socket, for as much as the chunk holds.
+ *
+ * Payloads of writes: complete in the chunk, or short enough to become so: used in place; else
+ * received into a buffer of their own. The payload of a request that is refused anyway is thrown away
+ * piece by piece, then the error is answered and the connection lives on.
+ *
+ * What ends a connection: the client (NBD_CMD_DISC, end of stream), stopping, a wrong magic number or an
+ * absurd length ("Terminating the transmission phase" allows a hard disconnect), a broken socket.
+ */
+#include <errno.h>
+#include <string.h>
+
+#include "base/log.h"
+#include "base/util.h"
+#include "nbd/conn.h"
+#include "rt/buf.h"
+
+/* A payload up to this size is put together in the chunk, which may cost a copy of what is there. */
+#define PAYLOAD_IN_PLACE_MAX_BYTES (64U << 10)
+
+/* With less space than this in a chunk that cannot be reused yet, a new one is taken. */
+#define CHUNK_SPACE_MIN_BYTES (32U << 10)
+
+/*
+ * A refused payload longer than this is not waited for: no client is that wrong by mistake.
+ * ("Size constraints": up to 32 MiB is never to be taken for an attack.)
+ */
+#define SKIP_MAX_BYTES (256U << 20)
+
+/* --- memory ----------------------------------------------------------------------------------- */
+
+void *nbd_buffer_get(struct nbd_conn *conn, size_t size_bytes)
+{
+	void *buf = buf_get(size_bytes);
+
+	if (buf)
+		conn->buffered_bytes += size_bytes;
+	return buf;
+}
+
+static void buffer_put(struct nbd_conn *conn, void *buf, size_t size_bytes)
+{
+	buf_put(buf, size_bytes);
+	conn->buffered_bytes -= size_bytes;
+}
+
+static struct nbd_chunk *chunk_get(struct nbd_conn *conn)
+{
+	struct nbd_chunk *chunk = nbd_buffer_get(conn, NBD_CHUNK_BYTES);
+
+	if (chunk)
+		chunk->refs = 1;
+	return chunk;
+}
+
+static void chunk_put(struct nbd_conn *conn, struct nbd_chunk *chunk)
+{
+	if (--chunk->refs == 0)
+		buffer_put(conn, chunk, NBD_CHUNK_BYTES);
+}
+
+void nbd_payload_put(struct nbd_request *request)
+{
+	if (request->chunk)
+		chunk_put(request->conn, request->chunk);
+	else if (request->payload)
+		buffer_put(request->conn, request->payload, request->len);
+	request->chunk = NULL;
+	request->payload = NULL;
+}
+
+/* --- waiting ---------------------------------------------------------------------------------- */
+
+/* Before the receiver suspends: what it has done so far must not wait for it. */
+static void pause_batch(struct nbd_conn *conn)
+{
+	conn->batching = false;
+	nbd_reply_send(conn);
+}
+
+static bool has_room(const struct nbd_conn *conn, size_t size_bytes)
+{
+	if (!conn->in_flight)
+		return true; /* one request alone always may */
+	return !list_empty(&conn->free) &&
+	       conn->buffered_bytes + size_bytes <= conn->limits->buffer_bytes;
+}
+
+/* Waits until there is a slot and so much memory for one more request. */
+static suspends int wait_for_room(struct nbd_conn *conn, size_t size_bytes)
+{
+	while (!conn->error && !has_room(conn, size_bytes)) {
+		pause_batch(conn);
+		/* Sending may have made room just now. */
+		if (!conn->error && !has_room(conn, size_bytes))
+			co_queue_wait(&conn->room);
+		conn->batching = true;
+	}
+	return conn->error;
+}
+
+/* --- bytes ------------------------------------------------------------------------------------ */
+
+/* Makes space behind fill so that [pos, pos + len_bytes) fits into the chunk. */
+static suspends int make_space(struct nbd_conn *conn, size_t len_bytes)
+{
+	size_t have = conn->fill - conn->pos;
+	bool fits = NBD_CHUNK_DATA_BYTES - conn->pos >= len_bytes &&
+		    NBD_CHUNK_DATA_BYTES - conn->fill >= CHUNK_SPACE_MIN_BYTES;
+
+	if (fits && (have || conn->chunk->refs > 1))
+		return 0;
+	if (conn->chunk->refs > 1) {
+		int ret = wait_for_room(conn, NBD_CHUNK_BYTES);
+
+		if (ret)
+			return ret;
+	}
+	if (conn->chunk->refs > 1) {
+		struct nbd_chunk *chunk = chunk_get(conn);
+
+		if (!chunk)
+			return -ENOMEM;
+		memcpy(chunk->data, conn->chunk->data + conn->pos, have);
+		chunk_put(conn, conn->chunk);
+		conn->chunk = chunk;
+	} else {
+		memmove(conn->chunk->data, conn->chunk->data + conn->pos, have);
+	}
+	conn->pos = 0;
+	conn->fill = have;
+	return 0;
+}
+
+/* One receive. The count of bytes, 0 at the end of the stream, or -errno. */
+static suspends ssize_t receive_some(struct nbd_conn *conn)
+{
+	size_t space = NBD_CHUNK_DATA_BYTES - conn->fill;
+
+	pause_batch(conn);
+	if (conn->chunk_was_filled)
+		co_yield (); /* the others have waited for this client long enough */
+	ssize_t got = stream_recv(
+		&conn->stream, conn->chunk->data + conn->fill, space, NO_DEADLINE);
+	conn->batching = true;
+	if (conn->error)
+		return conn->error;
+	conn->chunk_was_filled = got == (ssize_t)space;
+	if (got > 0)
+		conn->fill += (size_t)got;
+	return got;
+}
+
+/* Until len_bytes are at chunk->data + pos: 0. -ECONNRESET when the stream ends before. */
+static suspends int need(struct nbd_conn *conn, size_t len_bytes)
+{
+	while (conn->fill - conn->pos < len_bytes) {
+		int ret = make_space(conn, len_bytes);
+		if (ret)
+			return ret;
+		ssize_t got = receive_some(conn);
+		if (got <= 0)
+			return got ? (int)got : -ECONNRESET;
+	}
+	return 0;
+}
+
+/* Waits for the first byte of a request: 1; 0: there will be none. */
+static suspends int next_request(struct nbd_conn *conn)
+{
+	if (conn->pos < conn->fill)
+		return 1;
+	if (conn->stopping)
+		return 0;
+	int ret = make_space(conn, sizeof(struct nbd_request_header));
+	if (ret)
+		return ret;
+	conn->between_requests = true;
+	ssize_t got = receive_some(conn);
+	conn->between_requests = false;
+	return got > 0 ? 1 : (int)got;
+}
+
+/* --- payloads --------------------------------------------------------------------------------- */
+
+static suspends int skip_payload(struct nbd_conn *conn, size_t len_bytes)
+{
+	if (len_bytes > SKIP_MAX_BYTES)
+		return -EPROTO;
+	for (;;) {
+		size_t skipped = MIN(len_bytes, conn->fill - conn->pos);
+
+		conn->pos += skipped;
+		len_bytes -= skipped;
+		if (!len_bytes)
+			return 0;
+		int ret = need(conn, 1);
+		if (ret)
+			return ret;
+	}
+}
+
+/* The payload stays where it is; the request shares the chunk. */
+static void use_in_place(struct nbd_conn *conn, struct nbd_request *request)
+{
+	request->chunk = conn->chunk;
+	conn->chunk->refs++;
+	request->payload = conn->chunk->data + conn->pos;
+	conn->pos += request->len;
+}
+
+static suspends int receive_into_buffer(struct nbd_conn *conn, struct nbd_request *request)
+{
+	size_t have = conn->fill - conn->pos;
+	int ret = wait_for_room(conn, request->len);
+
+	if (ret)
+		return ret;
+	request->payload = nbd_buffer_get(conn, request->len);
+	if (!request->payload)
+		return -ENOMEM;
+	memcpy(request->payload, conn->chunk->data + conn->pos, have);
+	conn->pos = conn->fill;
+	pause_batch(conn);
+	ret = stream_recv_exact(
+		&conn->stream, request->payload + have, request->len - have, NO_DEADLINE);
+	conn->batching = true;
+	if (ret)
+		nbd_payload_put(request);
+	return ret;
+}
+
+static suspends int receive_payload(struct nbd_conn *conn, struct nbd_request *request)
+{
+	if (request->len > PAYLOAD_IN_PLACE_MAX_BYTES && request->len > conn->fill - conn->pos)
+		return receive_into_buffer(conn, request);
+	int ret = need(conn, request->len);
+	if (!ret)
+		use_in_place(conn, request);
+	return ret;
+}
+
+/* --- requests --------------------------------------------------------------------------------- */
+
+/* From a request on the receiver's stack, complete with its payload, to a slot, and off it goes. */
+static suspends int start_request(
+	struct nbd_conn *conn, const struct nbd_request *received, enum nbd_error error)
+{
+	bool reads = !error && received->type == NBD_CMD_READ;
+	int ret = wait_for_room(conn, reads ? received->len : 0);
+
+	if (ret)
+		return ret;
+	struct nbd_request *request = list_entry(
+		list_pop_front(&conn->free), struct nbd_request, link);
+	*request = *received;
+	list_init(&request->link);
+	conn->in_flight++;
+	if (error)
+		nbd_reply(request, error);
+	else
+		nbd_request_start(request);
+	return 0;
+}
+
+static suspends int receive_request(struct nbd_conn *conn)
+{
+	struct nbd_request request = { .conn = conn };
+	struct nbd_request_header header;
+	int ret = need(conn, sizeof(header));
+
+	if (ret)
+		return ret;
+	memcpy(&header, conn->chunk->data + conn->pos, sizeof(header));
+	conn->pos += sizeof(header);
+	if (be32_get(header.magic) != NBD_REQUEST_MAGIC)
+		return -EPROTO;
+	request.type = be16_get(header.type);
+	request.flags = be16_get(header.flags);
+	request.off = be64_get(header.off);
+	request.len = be32_get(header.len);
+	request.reply.cookie = header.cookie;
+	if (request.type == NBD_CMD_DISC) {
+		conn->stopping = true;
+		conn->pos = conn->fill; /* nothing may follow */
+		return 0;
+	}
+
+	enum nbd_error error = nbd_request_check(conn, &request);
+	if (request.type == NBD_CMD_WRITE) {
+		ret = error ? skip_payload(conn, request.len) : receive_payload(conn, &request);
+		if (ret)
+			return ret;
+	}
+	ret = start_request(conn, &request, error);
+	if (ret)
+		nbd_payload_put(&request);
+	return ret;
+}
+
+suspends int nbd_receive_requests(struct nbd_conn *conn)
+{
+	conn->chunk = chunk_get(conn);
+	if (!conn->chunk)
+		return -ENOMEM;
+	conn->batching = true;
+	int ret;
+	while ((ret = next_request(conn)) > 0) {
+		ret = receive_request(conn);
+		if (ret)
+			break;
+	}
+	pause_batch(conn);
+	chunk_put(conn, conn->chunk);
+	return ret;
+}
