@@ -1,0 +1,36 @@
+/*
+ * The NBD door: the listening sockets through which clients come in, and the table of those inside.
+ *
+ * Order: open (before the reactors run: names are resolved, sockets bound, files made), publish exports,
+ * start; at the end stop, withdraw the exports, close. All on the main reactor but nbd_door_open().
+ */
+#pragma once
+
+#include <jansson.h>
+
+#include "base/err.h"
+#include "daemon/config.h"
+#include "daemon/export.h"
+#include "rt/co.h"
+
+struct nbd_door;
+
+/* Binds all of config->listen, or nothing. config outlives the door. */
+int nbd_door_open(struct nbd_door **door, const struct config *config, struct err *err);
+
+/* Clients can choose the export from now on; nbd_withdraw(&export->nbd, ...) ends that. */
+int nbd_door_publish(struct nbd_door *door, struct export *export, struct err *err);
+
+/* Lets clients in. */
+int nbd_door_start(struct nbd_door *door, struct err *err);
+
+/* Lets nobody in any more. Who is inside stays. Harmless when not started. */
+void nbd_door_stop(struct nbd_door *door);
+
+/* After nbd_door_stop() and with all exports withdrawn: ends the handshakes, frees. NULL is fine. */
+suspends void nbd_door_close(struct nbd_door *door);
+/* The same when the reactors never ran. NULL is fine. */
+void nbd_door_abandon(struct nbd_door *door);
+
+/* {"listen": ["unix:/...", ...], "clients": n, "max_clients": n, "accepted": n, "refused": n} */
+json_t *nbd_door_status(const struct nbd_door *door);
