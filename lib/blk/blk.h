@@ -41,7 +41,11 @@ enum blk_flags {
 	BLK_FORCE = 1 << 3,     /* resize: allow to shrink */
 };
 
-/* What a disk is like. A layer sets it in open(), inheriting what is below; size may change later. */
+/*
+ * What a disk is like. A layer sets it in open(), inheriting what is below; size may change later.
+ * What a leaf leaves 0 becomes: block_size 1, preferred_size 4096 (or block_size if larger),
+ * max_request BLK_REQUEST_MAX, mem_align 1.
+ */
 struct blk_caps {
 	uint64_t size; /* a multiple of block_size */
 	uint32_t
@@ -50,8 +54,8 @@ struct blk_caps {
 		preferred_size; /* what requests are best aligned to: a power of two, >= block_size */
 	uint32_t
 		max_request; /* longest read or write an op is called with, a multiple of block_size */
-	uint32_t mem_align; /* alignment of buffers ops are called with: a power of two */
-	bool read_only;
+	uint32_t mem_align; /* alignment of buffers ops are called with: a power of two <= 4096 */
+	bool read_only;     /* set before open() when the stack is opened so: open() obeys */
 	bool fua;           /* write/zero/discard ops honour BLK_FUA; else blk.c adds a flush */
 	bool zero_fast;     /* zero is faster than writing zeroes */
 	bool discard;       /* discard gives space back */
@@ -68,7 +72,10 @@ struct blk_extent {
 	uint32_t flags;
 };
 
-/* A list being filled, from `off` on; neighbours alike are merged. The array is the caller's. */
+/*
+ * A list being filled; neighbours alike are merged. The array is the caller's. blk_extents() appends
+ * to it: the first call on an empty list sets where it starts, a later one goes on at its end.
+ */
 struct blk_extents {
 	uint64_t off;   /* where the first one starts */
 	uint64_t end;   /* where the last one ends: off + the sum of all */
@@ -85,7 +92,8 @@ bool blk_extents_add(struct blk_extents *extents, uint64_t len, uint32_t flags);
 
 /*
  * Order of refusal: bad arguments -EINVAL, disconnected -ESHUTDOWN, read-only -EPERM (writes), out of
- * range -EINVAL (reads, extents) or -ENOSPC (writes). A length of 0 succeeds and does nothing.
+ * range -EINVAL (reads, extents) or -ENOSPC (writes). A length of 0 succeeds and does nothing. The
+ * counters count what was not refused.
  * Buffers belong to the caller until return. Read and write: len <= BLK_REQUEST_MAX; the others: any.
  */
 suspends int blk_read(struct blk *blk, uint64_t off, void *buf, size_t len);
@@ -110,7 +118,10 @@ suspends int blk_extents(struct blk *blk, uint64_t off, uint64_t len, struct blk
 suspends int blk_seek_mapped(struct blk *blk, uint64_t off, uint64_t *found_off);
 suspends int blk_seek_unmapped(struct blk *blk, uint64_t off, uint64_t *found_off);
 
-/* To size (rounded up to the block size). To shrink needs BLK_FORCE: what lies beyond is lost. */
+/*
+ * To size (rounded up to the block size; not 0). To shrink needs BLK_FORCE: what lies beyond is lost.
+ * Waits for what is under way; one resize of a disk at a time. When it fails, all is as it was.
+ */
 suspends int blk_resize(struct blk *blk, uint64_t size, unsigned flags, struct err *err);
 
 /* A list of buffers; a helper, one request per buffer. */
@@ -126,7 +137,15 @@ suspends int blk_writev(
 suspends void blk_drain_begin(struct blk *blk);
 void blk_drain_end(struct blk *blk);
 
-/* The whole tree from blk down as JSON: layer, size, capabilities, counters, last error, own keys, children. */
+/*
+ * The whole tree from blk down as JSON, a new reference:
+ *	{ "layer": "file", "size": N, "block_size": N, "preferred_size": N, "max_request": N,
+ *	  "read_only": B, "fua": B, "zero_fast": B, "discard": B, "in_flight": N,
+ *	  "counters": { "read": { "requests": N, "bytes": N, "errors": N }, "write": ... },
+ *	  "last_error": { "op": "write", "code": N, "text": T, "off": N, "len": N, "time": UNIX_SECONDS },
+ *	  (keys of the layer's own), "children": [ the layer below, then extra children ] }
+ * "last_error" is there once there was one.
+ */
 json_t *blk_status(struct blk *blk);
 
 const struct blk_caps *blk_caps(const struct blk *blk);
@@ -149,7 +168,11 @@ struct blk_env {
 int blk_env_init(struct blk_env *env);
 void blk_env_fini(struct blk_env *env);
 
-/* Checks layers, option names and values of `list` (CONF_LIST of groups, top first); touches nothing. */
+/*
+ * Checks layers, option names and values of `list` (CONF_LIST of groups, top first); touches nothing.
+ * Errors of this and stack_open() read "PLACE: LAYER: what is wrong" (see err_place()): whoever wraps
+ * them gets "PLACE: export "db": LAYER: what is wrong".
+ */
 int stack_check(const struct conf *list, struct err *err);
 
 /*
@@ -159,7 +182,11 @@ int stack_check(const struct conf *list, struct err *err);
 suspends int stack_open(const struct conf *list, struct blk_env *env, bool read_only,
 	struct blk **top, struct err *err);
 
-/* Flushes, then closes from the top down. Waits for what is under way. NULL is fine. */
+/*
+ * Flushes and closes each layer from the top down. Waits for what is under way (calls that come later
+ * than this one are not allowed). Who wants to know whether the flush worked calls blk_flush() before.
+ * NULL is fine.
+ */
 suspends void stack_close(struct blk *top);
 
 /* --- being a layer ---------------------------------------------------------------------------- */
@@ -177,12 +204,16 @@ suspends void stack_close(struct blk *top);
  */
 struct blk_ops {
 	const char *name;
-	const char *summary;       /* one line for --help and the manual */
-	const struct opt *options; /* fields are offsets in the layer's struct */
-	size_t struct_size;        /* of the layer's struct, whose first member is struct blk */
-	bool is_leaf;              /* stores bytes itself: stands last in a stack */
+	const char *summary; /* one line for --help and the manual */
+	const struct opt
+		*options;   /* fields are offsets in the layer's struct; an OPT_LIST is a stack */
+	size_t struct_size; /* of the layer's struct, whose first member is struct blk */
+	bool is_leaf;       /* stores bytes itself: stands last in a stack */
 
-	/* Children are open, options parsed, caps inherited from the child (zeroed for a leaf). */
+	/* Whether the options, just parsed, fit together. Touches nothing. May be missing. */
+	int (*check)(const struct blk *blk, struct err *err);
+
+	/* Children are open, options checked, caps inherited from the child (zeroed for a leaf). */
 	suspends int (*open)(struct blk *blk, struct err *err);
 	/* Also after a failed open(): handle half-built. May take time; cannot fail. Children close after. */
 	suspends void (*close)(struct blk *blk);
@@ -198,7 +229,7 @@ struct blk_ops {
 
 	/* Called drained. The op ends with blk_size_changed(). */
 	suspends int (*resize)(struct blk *blk, uint64_t size, unsigned flags, struct err *err);
-	/* A child's size changed, blk's own is not adjusted yet. Missing: blk takes the child's size over. */
+	/* A child's size changed, blk's own is not adjusted yet. Missing: blk takes the size of below over. */
 	void (*child_resized)(struct blk *blk, struct blk *child);
 
 	/* Adds the layer's own keys to the object. */
@@ -238,6 +269,8 @@ struct blk {
 	struct blk_listener *listener;
 	struct blk_counters counters;
 	struct co_group in_flight;
+	bool disconnected; /* calls answer -ESHUTDOWN; also set by a layer whose disk is gone for good */
+	struct co_mutex resizing;
 	unsigned drained;          /* depth of blk_drain_begin() */
 	struct co_queue undrained; /* who waits for it to be over */
 	struct range_lock
@@ -252,6 +285,9 @@ void blk_size_changed(struct blk *blk, uint64_t size);
 /* For layers with more children than the one below (a mirror's secondary, a qcow's backing): a stack of its own, closed with blk. */
 suspends int blk_open_child(struct blk *blk, const struct conf *list, bool read_only,
 	struct blk **child, struct err *err);
+
+/* For check(): size must be a multiple of block_size; the error names the place of option "size" of group. */
+int blk_check_size(const struct conf *group, uint64_t size, uint64_t block_size, struct err *err);
 
 /* The layers there are, in lib/blk/registry.c; ended by NULL. */
 extern const struct blk_ops *const blk_layers[];
