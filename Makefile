@@ -87,11 +87,13 @@ $O/blkstackctl: $(CTL_OBJ) $O/libblkstack.a
 # A unit test is one program per file; it may use anything in lib/.
 $(UNITS) $(HELPERS): $O/%: $O/%.o $O/libblkstack.a
 	$(call say,LD,$@)
-	$Q$(CC) $(ALL_CFLAGS) $(LDFLAGS) -o $@ $^ $(TEST_LIBS) $(LDLIBS) -lm
+	$Q$(CC) $(ALL_CFLAGS) $(LDFLAGS) -o $@ $(filter %.o,$^) $O/libblkstack.a $(TEST_LIBS) $(LDLIBS) -lm
 
 # What the control interface is described by is linked in as it stands.
 $O/daemon/control.o: daemon/org.blkstack.varlink
 $O/tests/unit/test_varlink: $O/daemon/varlink.o
+
+$O/tests/helpers/kernel-device: $(patsubst %,$O/daemon/kernel-%.o,dev sysfs users)
 
 $(BENCHES): $O/%: $O/%.o $(BENCH_OBJ)
 	$(call say,LD,$@)

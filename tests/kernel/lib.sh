@@ -1,0 +1,142 @@
+# Sourced by the kernel tests, inside the guest: a daemon, files with known checksums, assertions.
+# shellcheck shell=bash
+#
+# A test starts with `. "$(dirname "$0")/lib.sh"` and is then in $SCRATCH, where everything it makes
+# belongs. A failing command ends it; so do `fail` and an error in the guest kernel's log at the end.
+set -euo pipefail
+shopt -s inherit_errexit
+cd "$SCRATCH"
+
+seed=${SEED:-$RANDOM}
+control=$SCRATCH/control
+socket=$SCRATCH/nbd
+mnt=$SCRATCH/mnt
+mkdir -p "$mnt"
+log_at=0
+
+step() {
+	echo "-- $*"
+}
+
+fail() {
+	echo "FAILED: $*"
+	exit 1
+}
+
+on_exit() {
+	local status=$?
+	((status == 0)) && return
+	echo "status $status at line ${BASH_LINENO[0]} of ${BASH_SOURCE[1]##*/}, seed $seed"
+	[[ ! -s blkstackd.log ]] || sed 's/^/    blkstackd: /' blkstackd.log
+}
+trap on_exit EXIT
+
+ctl() {
+	"$BUILD/blkstackctl" --control "$control" "$@"
+}
+
+# Runs a command that must fail, with a message that matches; its output is printed.
+refused() {
+	local pattern=$1 output
+	shift
+	if output=$("$@" 2>&1); then
+		fail "\"$*\" was not refused: $output"
+	fi
+	echo "   refused: $output"
+	grep -qE -- "$pattern" <<<"$output" || fail "\"$*\" says nothing like \"$pattern\""
+}
+
+# Writes a config with these exports (libconfig text) and starts the daemon on it.
+daemon_start() {
+	cat >blkstack.conf <<-CONF
+	control = "$control";
+	listen = [ "unix:$socket" ];
+	exports = (
+	$*
+	);
+	CONF
+	"$BUILD/blkstackd" --config blkstack.conf 2>>blkstackd.log &
+	daemon=$!
+	local try
+	for ((try = 0; try < 200; try++)); do
+		kill -0 "$daemon" 2>/dev/null || fail "blkstackd did not start"
+		ctl list >/dev/null 2>&1 && return
+		sleep 0.05
+	done
+	fail "blkstackd does not answer"
+}
+
+# Ends the daemon as systemd would; it must end by itself, and well.
+daemon_stop() {
+	local status=0
+	kill -TERM "$daemon"
+	wait "$daemon" || status=$?
+	((status == 0)) || fail "blkstackd ended with status $status"
+}
+
+uri() {
+	echo "nbd+unix:///$1?socket=$socket"
+}
+
+size_of() {
+	blockdev --getsize64 "$1"
+}
+
+# Bytes a file takes up on its disk.
+space_of() {
+	echo $(($(stat -c '%b * %B' "$1")))
+}
+
+# Fills a folder with COUNT files of pseudorandom length and content, and notes their checksums.
+fill() {
+	local dir=$1 count=$2
+	mkdir -p "$dir"
+	/usr/bin/python3 - "$dir" "$count" "$seed" <<-'PYTHON'
+	import random, sys
+	folder, count, seed = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+	rng = random.Random(f"{folder} {seed}")
+	for i in range(count):
+	    with open(f"{folder}/{i}", "wb") as file:
+	        file.write(rng.randbytes(int(1 << rng.randrange(24)) + rng.randrange(4096)))
+	PYTHON
+	(cd "$dir" && sha256sum -- * >"$SCRATCH/${dir##*/}.sums")
+}
+
+# Reads the files back, not from memory.
+verify() {
+	sync
+	echo 3 >/proc/sys/vm/drop_caches
+	(cd "$1" && sha256sum --quiet --check "$SCRATCH/${1##*/}.sums") || fail "$1 differs"
+}
+
+# Reads the whole export again and again by its socket, until reader_stop.
+reader_start() {
+	rm -f reader.done reader.log
+	(
+		rounds=0
+		while [[ ! -e reader.done ]]; do
+			nbdcopy "$(uri "$1")" null: || exit 1
+			rounds=$((rounds + 1))
+		done
+		echo "$rounds" >reader.log
+	) &
+	reader=$!
+}
+
+reader_stop() {
+	touch reader.done
+	wait "$reader" || fail "the second client, on the NBD socket, got an error"
+	echo "   the second client read the export $(<reader.log) times meanwhile"
+}
+
+# The kernel met no error it did not expect; `log_skip` forgets those that were.
+log_check() {
+	local errors
+	errors=$(dmesg | tail -n +$((log_at + 1)) |
+		grep -E 'I/O error|EXT4-fs error|EXT4-fs warning|XFS.*(error|orrupt)|timed out|stuck|Oops|BUG|WARNING') || return 0
+	fail "the kernel's log has errors: $errors"
+}
+
+log_skip() {
+	log_at=$(dmesg | wc -l)
+}
