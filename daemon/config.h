@@ -18,8 +18,8 @@
 
 struct config_export {
 	const char *name;           /* letters, digits and -_.:+@, at most 64 */
-	const char *description;    /* NULL when there is none */
-	const char *device;         /* "/dev/nbd0", "auto", or NULL for no kernel device */
+	const char *description;    /* "" when there is none */
+	const char *device;         /* "/dev/nbd0", "auto", or "" for no kernel device */
 	uint64_t device_block_size; /* bytes: 512, 1024, 2048, 4096; 0: the stack's, at least 512 */
 	int64_t device_timeout_s;   /* 0: requests of the device may take any time */
 	bool read_only;
@@ -33,13 +33,13 @@ struct config {
 	struct conf *root; /* owned; everything below points into it */
 
 	/* control */
-	const char *control; /* address of the control socket; NULL for none */
+	char *control;       /* address of the control socket, owned; "" for none */
 	mode_t control_mode; /* of the socket file */
 	uid_t control_uid;   /* who may change things besides root; (uid_t)-1: nobody */
 	gid_t control_gid;   /* (gid_t)-1: no group */
 
 	/* NBD door */
-	const char **listen; /* addresses, as listener_open() takes them; owned array */
+	char **listen; /* addresses, as listener_open() takes them; owned, each of them too */
 	size_t listen_count;
 	mode_t listen_mode;          /* of the files of unix sockets */
 	gid_t listen_gid;            /* and their group; (gid_t)-1: as it comes */
@@ -61,3 +61,10 @@ extern const struct opt *const config_export_options;
 /* Reads and checks the whole file; creates and changes nothing. The error is one line, place included. */
 int config_load(const char *path, struct config **config, struct err *err);
 void config_free(struct config *config); /* NULL is fine */
+
+bool config_engine_known(const char *name);
+void config_set_control(struct config *config, const char *address);
+void config_add_listen(struct config *config, const char *address);
+
+/* Doors and stacks as a small tree, for people. */
+void config_print(const struct config *config, FILE *out);

@@ -1,16 +1,16 @@
 /*
- * The daemon as a tree: one struct that owns everything, from the config down to the doors.
+ * The daemon as a tree: one struct that owns everything, from the reactors down to the doors.
  *
- *	daemon -> config		what the file says, parsed and checked
- *	       -> reactors		[0] is the main one: main(), listeners, handshakes, control, signals
- *	       -> exports -> stack	each on its home reactor, with its doors
+ *	daemon -> reactors		[0] is the main one: listeners, handshakes, control, signals
  *	       -> NBD door, control	the sockets people come in by
+ *	       -> exports -> stack	each on its home reactor, with its doors
  *
  * Everything here belongs to the main reactor and is touched there only; what an export's home
  * reactor may touch is said in export.h.
  */
 #pragma once
 
+#include <pthread.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <time.h>
@@ -27,17 +27,30 @@ struct nbd_door;
 struct control;
 
 struct daemon {
-	const struct config *config; /* outlives the daemon */
+	const struct config *config;
 	struct blk_env env;
-	struct reactor **reactors; /* [0] is the main one */
+	struct reactor **reactors; /* [0] is the main one, on the thread of daemon_run() */
+	pthread_t *threads;        /* of the others; [0] is not used */
 	unsigned reactor_count;
 	struct list exports; /* of struct export, by .link, in the order of the config */
+	struct list closing; /* exports being stopped */
 	struct nbd_door *nbd_door;
-	struct control *control;
-	time_t start_time;
+	struct control *control; /* NULL when the config has none */
+	time_t start_time;       /* CLOCK_REALTIME, seconds */
+
+	struct watch signals; /* a signalfd */
 	bool stopping;
-	struct co_queue stop_wanted; /* main() waits in it */
+	struct co_queue stop_wanted; /* where daemon_run() waits */
+	struct timer stop_late;      /* what is stuck at the end gets named, then given up */
+	uint64_t stop_deadline_ns;
 };
 
-/* Asks main() to drain and end; returns at once. Harmless when asked already. Main reactor. */
+/*
+ * Opens the sockets and the exports, serves until asked to stop by a signal or daemon_stop(), and takes
+ * everything down again. An error is one of starting: it leaves nothing behind. Plain code; one daemon per
+ * process, since it takes the signals.
+ */
+int daemon_run(const struct config *config, struct err *err);
+
+/* Asks for the end; returns at once. Harmless when asked already. Main reactor. */
 void daemon_stop(struct daemon *daemon);

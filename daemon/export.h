@@ -31,10 +31,10 @@ struct kernel_door;
 
 struct export
 {
-	struct list link; /* in daemon->exports */
+	struct list link; /* in daemon->exports, or daemon->closing */
 	struct daemon *daemon;
 	const struct config_export *config; /* name, description, device, ... */
-	bool stopping;                      /* in no list any more; calls are refused */
+	bool stopping;                      /* calls are refused */
 
 	struct reactor *home;
 	struct blk *top;       /* home only */
@@ -69,6 +69,9 @@ suspends int export_start(struct daemon *daemon, const struct config_export *con
  * connection is cut; how long their layers then take to give up is not bounded.
  */
 suspends void export_stop(struct export *export, uint64_t grace_ns);
+
+/* Logs which clients of an export that is being stopped wait for how many requests. */
+void export_report_stuck(struct export *export);
 
 /*
  * Resizes the stack and the kernel device, in the order that never shows a byte that is not there;

@@ -1,0 +1,585 @@
+/*
+ * From a config file to checked structs; see config.h.
+ *
+ * Three steps. config-text.c reads the file and what it includes; libconfig (known to this file only)
+ * parses that, and its tree becomes one of struct conf; the option tables below turn that into struct
+ * config, with what tables cannot say checked by hand: names, addresses, modes, users, devices and
+ * files that are used twice. The layers check their own options, through stack_check().
+ *
+ * Nothing is opened but the config file itself, and nothing is created: files of stacks are looked at
+ * (stat) to find out whether two exports write the same one.
+ *
+ * Failure modes: every one is an error of one line with the place of the value that is wrong.
+ */
+#include "daemon/config.h"
+
+#include <ctype.h>
+#include <errno.h>
+#include <grp.h>
+#include <libconfig.h>
+#include <libgen.h>
+#include <pwd.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include "base/cleanup.h"
+#include "base/util.h"
+#include "blk/blk.h"
+#include "daemon/config-text.h"
+#include "daemon/listen.h"
+
+#define EXPORTS_MAX     1024
+#define EXPORT_NAME_MAX 64 /* also a file name below /dev/blkstack */
+#define REACTORS_MAX    64
+
+static const char *const engines[] = { "auto", "uring", "threads", NULL };
+
+/* What the top level of the file says, before checks that need more than a table. */
+struct settings {
+	const char *control, *control_mode, *control_user, *control_group;
+	const struct conf *listen;
+	const char *listen_mode, *listen_group;
+	int64_t max_connections, handshake_timeout_s, stop_timeout_s, reactors;
+	int engine;
+	const struct conf *exports;
+};
+
+static const struct opt settings_options[] = {
+	{ "control", OPT_STRING, offsetof(struct settings, control), "",
+		.help = "path of the control socket; without it there is none" },
+	{ "control-mode", OPT_STRING, offsetof(struct settings, control_mode), "0660",
+		.help = "mode of the control socket's file, octal" },
+	{ "control-user", OPT_STRING, offsetof(struct settings, control_user),
+		.help = "who may change things besides root; owns the control socket" },
+	{ "control-group", OPT_STRING, offsetof(struct settings, control_group),
+		.help = "whose members may change things; group of the control socket" },
+	{ "listen", OPT_STRINGS, offsetof(struct settings, listen),
+		.help = "NBD sockets: \"unix:PATH\", \"tcp:HOST:PORT\"" },
+	{ "listen-mode", OPT_STRING, offsetof(struct settings, listen_mode), "0660",
+		.help = "mode of unix NBD sockets' files, octal" },
+	{ "listen-group", OPT_STRING, offsetof(struct settings, listen_group),
+		.help = "group of unix NBD sockets' files" },
+	{ "max-connections", OPT_INT, offsetof(struct settings, max_connections), "256", .min = 1,
+		.max = 65536, .help = "NBD clients at once, of all exports together" },
+	{ "handshake-timeout", OPT_INT, offsetof(struct settings, handshake_timeout_s), "10",
+		.min = 1, .max = 3600, .help = "seconds an NBD client has to choose an export" },
+	{ "stop-timeout", OPT_INT, offsetof(struct settings, stop_timeout_s), "30", .min = 1,
+		.max = 3600, .help = "seconds requests in flight have when the daemon stops" },
+	{ "engine", OPT_ENUM, offsetof(struct settings, engine), "auto", .choices = engines,
+		.help = "how files are read and written" },
+	{ "reactors", OPT_INT, offsetof(struct settings, reactors), "0", .min = 0,
+		.max = REACTORS_MAX,
+		.help = "threads that serve; 0: one per processor, at most one per export" },
+	{ "exports", OPT_LIST, offsetof(struct settings, exports), .required = true,
+		.help = "the disks" },
+	{}
+};
+
+static const struct opt export_options[] = {
+	{ "name", OPT_STRING, offsetof(struct config_export, name), .required = true,
+		.help = "what clients ask for" },
+	{ "description", OPT_STRING, offsetof(struct config_export, description), "",
+		.help = "a text for people" },
+	{ "device", OPT_STRING, offsetof(struct config_export, device), "",
+		.help = "kernel device: \"/dev/nbd0\", or \"auto\" for the first free one" },
+	{ "device-block-size", OPT_SIZE, offsetof(struct config_export, device_block_size), "0",
+		.min = 0, .max = 4096,
+		.help = "logical block size of the kernel device; 0: the stack's, at least 512" },
+	{ "device-timeout", OPT_INT, offsetof(struct config_export, device_timeout_s), "0",
+		.min = 0, .max = 86400,
+		.help = "seconds after which a stuck request fails the kernel device; 0: never" },
+	{ "read-only", OPT_BOOL, offsetof(struct config_export, read_only), "false",
+		.help = "refuse writes, whatever the layers allow" },
+	{ "max-connections", OPT_INT, offsetof(struct config_export, max_connections), "64",
+		.min = 1, .max = 65536, .help = "NBD clients of this export at once" },
+	{ "stack", OPT_LIST, offsetof(struct config_export, stack), .required = true,
+		.help = "the layers, top first" },
+	{}
+};
+
+const struct opt *const config_options = settings_options;
+const struct opt *const config_export_options = export_options;
+
+/* --- libconfig's tree to ours ----------------------------------------------------------------- */
+
+struct place {
+	const struct config_text *text;
+	const char *export; /* what the setting is part of: `export "db"`, or NULL */
+};
+
+static char *place_text(const struct place *place, unsigned line)
+{
+	const struct config_line *from = config_text_place(place->text, line);
+	char *where;
+	int len = place->export
+			  ? asprintf(&where, "%s:%u: %s", from->file, from->number, place->export)
+			  : asprintf(&where, "%s:%u", from->file, from->number);
+	if (len < 0)
+		abort();
+	return where;
+}
+
+/* `export "db"`, for the items of the list of exports; the caller frees it. */
+static char *export_label(config_setting_t *setting)
+{
+	const char *name;
+	char *label;
+	int len = config_setting_lookup_string(setting, "name", &name)
+			  ? asprintf(&label, "export \"%s\"", name)
+			  : asprintf(&label, "export %d", config_setting_index(setting) + 1);
+	if (len < 0)
+		abort();
+	return label;
+}
+
+static bool is_export(const config_setting_t *setting)
+{
+	const config_setting_t *list = config_setting_parent(setting);
+
+	return config_setting_is_group(setting) && list && config_setting_is_list(list) &&
+	       config_setting_parent(list) && config_setting_is_root(config_setting_parent(list)) &&
+	       conf_name_equal(config_setting_name(list), "exports");
+}
+
+/* NULL on error. */
+static struct conf *convert(const struct place *outer, config_setting_t *setting, struct err *err)
+{
+	CLEANUP(free) char *label = is_export(setting) ? export_label(setting) : NULL;
+	struct place place = { outer->text, label ? label : outer->export };
+	CLEANUP(free) char *where = place_text(&place, config_setting_source_line(setting));
+	const char *name = config_setting_name(setting);
+	struct conf *conf;
+
+	switch (config_setting_type(setting)) {
+	case CONFIG_TYPE_BOOL:
+		return conf_new_bool(name, where, config_setting_get_bool(setting));
+	case CONFIG_TYPE_INT:
+	case CONFIG_TYPE_INT64:
+		return conf_new_int(name, where, config_setting_get_int64(setting));
+	case CONFIG_TYPE_STRING:
+		return conf_new_string(name, where, config_setting_get_string(setting));
+	case CONFIG_TYPE_GROUP:
+		conf = conf_new(CONF_GROUP, name, where);
+		break;
+	case CONFIG_TYPE_LIST:
+	case CONFIG_TYPE_ARRAY:
+		conf = conf_new(CONF_LIST, name, where);
+		break;
+	default:
+		err_set(err, EINVAL, "%s: a number with a point is expected nowhere", where);
+		return NULL;
+	}
+	for (int i = 0; i < config_setting_length(setting); i++) {
+		struct conf *item = convert(
+			&place, config_setting_get_elem(setting, (unsigned)i), err);
+		if (!item) {
+			conf_free(conf);
+			return NULL;
+		}
+		conf_add(conf, item);
+	}
+	return conf;
+}
+
+static int parse(const struct config_text *text, struct conf **root, struct err *err)
+{
+	struct place place = { .text = text };
+	config_t parsed;
+	int ret = 0;
+
+	config_init(&parsed);
+	if (config_read_string(&parsed, text->text)) {
+		*root = convert(&place, config_root_setting(&parsed), err);
+		if (!*root)
+			ret = -EINVAL;
+	} else {
+		CLEANUP(free)
+		char *where = place_text(&place, (unsigned)config_error_line(&parsed));
+		ret = err_set(err, EINVAL, "%s: %s", where, config_error_text(&parsed));
+	}
+	config_destroy(&parsed);
+	return ret;
+}
+
+/* --- single values ---------------------------------------------------------------------------- */
+
+static int parse_mode(
+	const struct conf *root, const char *key, const char *text, mode_t *mode, struct err *err)
+{
+	char *end;
+	unsigned long value = strtoul(text, &end, 8);
+
+	if (!isdigit((unsigned char)*text) || *end || value > 0777) {
+		const struct conf *conf = conf_get(root, key);
+		return conf_error(conf ? conf : root, err,
+			"%s: \"%s\" is no mode: expected octal digits like \"0660\"", key, text);
+	}
+	*mode = (mode_t)value;
+	return 0;
+}
+
+/* A name, or a number, which need not belong to a name. */
+static bool parse_id(const char *text, unsigned *id)
+{
+	char *end;
+	unsigned long value = strtoul(text, &end, 10);
+
+	if (!isdigit((unsigned char)*text) || *end || value >= UINT32_MAX)
+		return false;
+	*id = (unsigned)value;
+	return true;
+}
+
+static int parse_user(
+	const struct conf *root, const char *key, const char *text, uid_t *uid, struct err *err)
+{
+	*uid = (uid_t)-1;
+	if (!text || parse_id(text, uid))
+		return 0;
+	const struct passwd *entry = getpwnam(text);
+	if (!entry)
+		return conf_error(conf_get(root, key), err,
+			"%s: there is no user \"%s\" on this system", key, text);
+	*uid = entry->pw_uid;
+	return 0;
+}
+
+static int parse_group(
+	const struct conf *root, const char *key, const char *text, gid_t *gid, struct err *err)
+{
+	*gid = (gid_t)-1;
+	if (!text || parse_id(text, gid))
+		return 0;
+	const struct group *entry = getgrnam(text);
+	if (!entry)
+		return conf_error(conf_get(root, key), err,
+			"%s: there is no group \"%s\" on this system", key, text);
+	*gid = entry->gr_gid;
+	return 0;
+}
+
+static int check_address(const struct conf *conf, const char *address, struct err *err)
+{
+	struct err reason = {};
+
+	if (listener_check(address, &reason))
+		return conf_error(conf, err, "%s", reason.text);
+	return 0;
+}
+
+bool config_engine_known(const char *name)
+{
+	for (int i = 0; engines[i]; i++)
+		if (!strcmp(engines[i], name))
+			return true;
+	return false;
+}
+
+void config_set_control(struct config *config, const char *address)
+{
+	free(config->control);
+	config->control = strdup(address);
+	if (!config->control)
+		abort();
+}
+
+void config_add_listen(struct config *config, const char *address)
+{
+	config->listen = reallocarray(
+		config->listen, config->listen_count + 1, sizeof(*config->listen));
+	if (!config->listen || !(config->listen[config->listen_count++] = strdup(address)))
+		abort();
+}
+
+static int take_listen(struct config *config, const struct conf *listen, struct err *err)
+{
+	for (size_t i = 0; i < conf_strings_count(listen); i++) {
+		const char *address = conf_strings_get(listen, i);
+		const struct conf *item = listen->type == CONF_LIST ? listen->items[i] : listen;
+		int ret = check_address(item, address, err);
+		if (ret)
+			return ret;
+		for (size_t j = 0; j < config->listen_count; j++)
+			if (!strcmp(config->listen[j], address))
+				return conf_error(
+					item, err, "listen: \"%s\" is given twice", address);
+		config_add_listen(config, address);
+	}
+	return 0;
+}
+
+static int take_settings(struct config *config, const struct settings *settings, struct err *err)
+{
+	const struct conf *root = config->root;
+	int ret = parse_mode(
+		root, "control-mode", settings->control_mode, &config->control_mode, err);
+
+	if (!ret)
+		ret = parse_mode(
+			root, "listen-mode", settings->listen_mode, &config->listen_mode, err);
+	if (!ret)
+		ret = parse_user(
+			root, "control-user", settings->control_user, &config->control_uid, err);
+	if (!ret)
+		ret = parse_group(
+			root, "control-group", settings->control_group, &config->control_gid, err);
+	if (!ret)
+		ret = parse_group(
+			root, "listen-group", settings->listen_group, &config->listen_gid, err);
+	if (!ret && *settings->control)
+		ret = check_address(conf_get(root, "control"), settings->control, err);
+	if (!ret)
+		ret = take_listen(config, settings->listen, err);
+	config_set_control(config, settings->control);
+	config->max_connections = settings->max_connections;
+	config->handshake_timeout_s = settings->handshake_timeout_s;
+	config->stop_timeout_s = settings->stop_timeout_s;
+	config->engine = engines[settings->engine];
+	return ret;
+}
+
+/* How many processors we may use, at most REACTORS_MAX. */
+static size_t cpu_count(void)
+{
+	cpu_set_t cpus;
+
+	if (sched_getaffinity(0, sizeof(cpus), &cpus))
+		return 1;
+	return MIN((size_t)CPU_COUNT(&cpus), (size_t)REACTORS_MAX);
+}
+
+/* --- exports ---------------------------------------------------------------------------------- */
+
+static int check_name(const struct config_export *export, struct err *err)
+{
+	size_t len = strspn(export->name, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+					  "0123456789-_.:+@");
+
+	if (export->name[len] || !isalnum((unsigned char)export->name[0]))
+		return conf_error(conf_get(export->conf, "name"), err,
+			"a name starts with a letter or digit and goes on with those and - _ . : + "
+			"@");
+	if (len > EXPORT_NAME_MAX)
+		return conf_error(conf_get(export->conf, "name"), err,
+			"a name has at most %d characters", EXPORT_NAME_MAX);
+	return 0;
+}
+
+static int check_device(const struct config_export *export, struct err *err)
+{
+	static const char prefix[] = "/dev/nbd";
+	uint64_t block_size = export->device_block_size;
+
+	if (block_size && (block_size < 512 || !is_pow2(block_size)))
+		return conf_error(conf_get(export->conf, "device-block-size"), err,
+			"device-block-size is 512, 1024, 2048 or 4096 (or 0: as the stack's)");
+	if (!*export->device || !strcmp(export->device, "auto"))
+		return 0;
+	const char *number = export->device + strlen(prefix);
+	if (strncmp(export->device, prefix, strlen(prefix)) || !*number ||
+		number[strspn(number, "0123456789")] || strlen(number) > 6)
+		return conf_error(conf_get(export->conf, "device"), err,
+			"device \"%s\": expected \"/dev/nbd0\" or another number, or \"auto\"",
+			export->device);
+	return 0;
+}
+
+static int check_twins(
+	const struct config *config, const struct config_export *export, struct err *err)
+{
+	for (const struct config_export *other = config->exports; other < export; other++) {
+		if (!strcmp(other->name, export->name))
+			return conf_error(conf_get(export->conf, "name"), err,
+				"the name is taken by the export at %s", other->conf->where);
+		if (*export->device && strcmp(export->device, "auto") &&
+			!strcmp(export->device, other->device))
+			return conf_error(conf_get(export->conf, "device"), err,
+				"device \"%s\" is used by export \"%s\" too", export->device,
+				other->name);
+	}
+	return 0;
+}
+
+static int take_export(
+	struct config *config, size_t index, const struct conf *conf, struct err *err)
+{
+	struct config_export *export = &config->exports[index];
+	int ret = opts_parse(export_options, conf, export, err);
+
+	export->conf = conf;
+	if (!ret)
+		ret = check_name(export, err);
+	if (!ret)
+		ret = check_device(export, err);
+	if (!ret)
+		ret = check_twins(config, export, err);
+	if (!ret)
+		ret = stack_check(export->stack, err);
+	return ret;
+}
+
+static int take_exports(struct config *config, const struct conf *exports, struct err *err)
+{
+	if (!exports->item_count)
+		return conf_error(exports, err, "exports is empty: there is nothing to serve");
+	if (exports->item_count > EXPORTS_MAX)
+		return conf_error(exports, err, "more than %d exports", EXPORTS_MAX);
+	config->exports = calloc(exports->item_count, sizeof(*config->exports));
+	if (!config->exports)
+		abort();
+	for (size_t i = 0; i < exports->item_count; i++) {
+		int ret = take_export(config, i, exports->items[i], err);
+		if (ret)
+			return ret;
+		config->export_count++;
+	}
+	return 0;
+}
+
+/* --- files used twice ------------------------------------------------------------------------- */
+
+struct file_use {
+	char *identity;
+	bool writes;
+	const struct config_export *export;
+	const struct conf *layer;
+};
+
+struct file_uses {
+	struct file_use *list;
+	size_t count;
+};
+
+/* Equal for two paths exactly if they lead to the same file, also one that does not exist yet. */
+static char *file_identity(const char *path)
+{
+	CLEANUP(free) char *copy = strdup(path), *copy2 = strdup(path);
+	struct stat st;
+	char *identity;
+	int len;
+
+	if (!copy || !copy2)
+		abort();
+	if (!stat(path, &st)) {
+		bool device = S_ISBLK(st.st_mode);
+		len = asprintf(&identity, "%s %lx %lx", device ? "device" : "file",
+			device ? st.st_rdev : st.st_dev, device ? 0 : st.st_ino);
+	} else {
+		const char *folder = dirname(copy);
+		CLEANUP(free) char *real = realpath(folder, NULL);
+		len = asprintf(&identity, "path %s/%s", real ? real : folder, basename(copy2));
+	}
+	if (len < 0)
+		abort();
+	return identity;
+}
+
+static int use_file(struct file_uses *uses, const struct config_export *export,
+	const struct conf *layer, const char *path, struct err *err)
+{
+	const struct conf *read_only = conf_get(layer, "read-only");
+	struct file_use use = { file_identity(path),
+		!export->read_only && !(read_only && read_only->boolean), export, layer };
+
+	uses->list = reallocarray(uses->list, uses->count + 1, sizeof(*uses->list));
+	if (!uses->list)
+		abort();
+	uses->list[uses->count] = use;
+	for (size_t i = 0; i < uses->count; i++) {
+		const struct file_use *other = &uses->list[i];
+		if (strcmp(other->identity, use.identity) || !(other->writes || use.writes))
+			continue;
+		uses->count++;
+		return conf_error(layer, err, "%s: \"%s\" is %s by export \"%s\" too (%s)",
+			conf_get(layer, "layer")->string, path, other->writes ? "written" : "read",
+			other->export->name, other->layer->where);
+	}
+	uses->count++;
+	return 0;
+}
+
+/* Layers with stacks of their own are walked into. The options are known to be right. */
+static int use_files(struct file_uses *uses, const struct config_export *export,
+	const struct conf *stack, struct err *err)
+{
+	for (size_t i = 0; i < stack->item_count; i++) {
+		const struct conf *layer = stack->items[i], *path = conf_get(layer, "path");
+		int ret = path ? use_file(uses, export, layer, path->string, err) : 0;
+		for (size_t j = 0; j < layer->item_count && !ret; j++)
+			if (layer->items[j]->type == CONF_LIST)
+				ret = use_files(uses, export, layer->items[j], err);
+		if (ret)
+			return ret;
+	}
+	return 0;
+}
+
+static int check_files(const struct config *config, struct err *err)
+{
+	struct file_uses uses = {};
+	int ret = 0;
+
+	for (size_t i = 0; i < config->export_count && !ret; i++)
+		ret = use_files(&uses, &config->exports[i], config->exports[i].stack, err);
+	for (size_t i = 0; i < uses.count; i++)
+		free(uses.list[i].identity);
+	free(uses.list);
+	return ret;
+}
+
+/* --- the whole -------------------------------------------------------------------------------- */
+
+static int load(struct config *config, struct err *err)
+{
+	struct config_text text;
+	struct settings settings;
+	int ret = config_text_read(&text, config->path, err);
+
+	if (!ret)
+		ret = parse(&text, &config->root, err);
+	config_text_fini(&text);
+	if (!ret)
+		ret = opts_parse(settings_options, config->root, &settings, err);
+	if (!ret)
+		ret = take_settings(config, &settings, err);
+	if (!ret)
+		ret = take_exports(config, settings.exports, err);
+	if (!ret)
+		ret = check_files(config, err);
+	if (!ret && settings.reactors)
+		config->reactor_count = (unsigned)settings.reactors;
+	else
+		config->reactor_count = (unsigned)MIN(cpu_count(), config->export_count);
+	return ret;
+}
+
+int config_load(const char *path, struct config **loaded, struct err *err)
+{
+	struct config *config = calloc(1, sizeof(*config));
+
+	if (!config || !(config->path = strdup(path)))
+		abort();
+	int ret = load(config, err);
+	if (ret) {
+		config_free(config);
+		config = NULL;
+	}
+	*loaded = config;
+	return ret;
+}
+
+void config_free(struct config *config)
+{
+	if (!config)
+		return;
+	conf_free(config->root);
+	for (size_t i = 0; i < config->listen_count; i++)
+		free(config->listen[i]);
+	free(config->listen);
+	free(config->control);
+	free(config->exports);
+	free(config->path);
+	free(config);
+}

@@ -1,0 +1,278 @@
+/*
+ * The life of the daemon: start, serve, stop; see daemon.h.
+ *
+ * Start: signals blocked, reactors made, sockets bound (a second daemon fails here, before it touches a
+ * disk), stacks opened one after the other, kernel devices attached, and only then the doors opened and
+ * the service manager told. What fails on the way takes the rest down by the same code as a stop
+ * does, with env.start_failed set: files that were created are removed again.
+ *
+ * Stop: no new clients, no new calls; calls and requests under way finish; exports close side by side.
+ * At the deadline (stop-timeout) connections are cut, and what is still stuck then is named, and given
+ * up STOP_LAST_WAIT later: a process that never ends is worse, for the service manager would kill it
+ * without a word. Exports that could be closed are closed by then.
+ */
+#include "daemon/daemon.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/signalfd.h>
+#include <unistd.h>
+
+#include <systemd/sd-daemon.h>
+
+#include "base/cleanup.h"
+#include "base/log.h"
+#include "daemon/control.h"
+#include "daemon/export.h"
+#include "daemon/kernel.h"
+#include "daemon/nbd_door.h"
+
+#define STOP_LAST_WAIT_NS (5 * NS_PER_SEC)
+
+/* --- signals ---------------------------------------------------------------------------------- */
+
+void daemon_stop(struct daemon *daemon)
+{
+	daemon->stopping = true;
+	co_queue_wake_all(&daemon->stop_wanted);
+}
+
+static void signals_readable(struct watch *watch, uint32_t epoll_events)
+{
+	struct daemon *daemon = container_of(watch, struct daemon, signals);
+	struct signalfd_siginfo info;
+
+	while (read(watch->fd, &info, sizeof(info)) == sizeof(info)) {
+		if (info.ssi_signo == SIGHUP) {
+			log_warning("SIGHUP: this version cannot reload its config while it runs; "
+				    "restart it to apply changes");
+		} else if (daemon->stopping) {
+			log_info("stopping already; waiting for requests in flight");
+		} else {
+			log_info("%s: stopping", strsignal((int)info.ssi_signo));
+			daemon_stop(daemon);
+		}
+	}
+}
+
+/* In every thread: signals come by the signalfd only. */
+static int block_signals(struct daemon *daemon, struct err *err)
+{
+	sigset_t set;
+
+	sigemptyset(&set);
+	sigaddset(&set, SIGTERM);
+	sigaddset(&set, SIGINT);
+	sigaddset(&set, SIGHUP);
+	signal(SIGPIPE, SIG_IGN);
+	if (pthread_sigmask(SIG_BLOCK, &set, NULL))
+		return err_sys(err, errno, "cannot block signals");
+	daemon->signals.fd = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
+	if (daemon->signals.fd < 0)
+		return err_sys(err, errno, "cannot create a signalfd");
+	return 0;
+}
+
+/* --- reactors --------------------------------------------------------------------------------- */
+
+static void *reactor_thread(void *arg)
+{
+	reactor_run(arg);
+	return NULL;
+}
+
+static int start_reactors(struct daemon *daemon, struct err *err)
+{
+	const struct config *config = daemon->config;
+
+	daemon->reactors = calloc(config->reactor_count, sizeof(*daemon->reactors));
+	daemon->threads = calloc(config->reactor_count, sizeof(*daemon->threads));
+	if (!daemon->reactors || !daemon->threads)
+		return err_sys(err, ENOMEM, "cannot start");
+	for (unsigned i = 0; i < config->reactor_count; i++) {
+		struct reactor *reactor;
+		int ret = reactor_create(&reactor, config->engine, err);
+		if (ret)
+			return ret;
+		if (i)
+			ret = pthread_create(&daemon->threads[i], NULL, reactor_thread, reactor);
+		if (ret) {
+			reactor_free(reactor);
+			return err_sys(err, ret, "cannot start a thread");
+		}
+		daemon->reactors[daemon->reactor_count++] = reactor;
+	}
+	return 0;
+}
+
+static void end_reactors(struct daemon *daemon)
+{
+	for (unsigned i = 0; i < daemon->reactor_count; i++) {
+		if (i) {
+			reactor_stop(daemon->reactors[i]);
+			pthread_join(daemon->threads[i], NULL);
+		}
+		reactor_free(daemon->reactors[i]);
+	}
+	free(daemon->reactors);
+	free(daemon->threads);
+}
+
+/* --- start ------------------------------------------------------------------------------------ */
+
+static suspends int start_exports(struct daemon *daemon, struct err *err)
+{
+	const struct config *config = daemon->config;
+
+	for (size_t i = 0; i < config->export_count && !daemon->stopping; i++) {
+		struct export *export;
+		int ret = export_start(daemon, &config->exports[i], &export, err);
+		if (!ret && *config->exports[i].device)
+			ret = export_attach(export, NULL, err);
+		if (ret)
+			return ret;
+	}
+	return 0;
+}
+
+static suspends int start(struct daemon *daemon, struct err *err)
+{
+	int ret = watch_add(&daemon->signals, daemon->signals.fd, EPOLLIN, signals_readable);
+
+	if (ret)
+		return err_sys(err, -ret, "cannot watch for signals");
+	ret = start_exports(daemon, err);
+	if (!ret)
+		ret = nbd_door_start(daemon->nbd_door, err);
+	if (!ret && daemon->control)
+		ret = control_start(daemon->control, err);
+	if (ret)
+		return ret;
+	log_info("blkstackd %s is ready: %zu export%s, engine %s, %u reactor%s", BLKSTACK_VERSION,
+		daemon->config->export_count, daemon->config->export_count == 1 ? "" : "s",
+		reactor_engine_name(daemon->reactors[0]), daemon->reactor_count,
+		daemon->reactor_count == 1 ? "" : "s");
+	sd_notifyf(0, "READY=1\nSTATUS=Serving %zu export%s", daemon->config->export_count,
+		daemon->config->export_count == 1 ? "" : "s");
+	return 0;
+}
+
+/* --- stop ------------------------------------------------------------------------------------- */
+
+struct stopping {
+	struct export *export;
+	uint64_t grace_ns;
+};
+
+static suspends void stop_one(void *arg)
+{
+	struct stopping *stopping = arg;
+
+	export_stop(stopping->export, stopping->grace_ns);
+}
+
+static void stop_is_late(struct timer *timer)
+{
+	struct daemon *daemon = container_of(timer, struct daemon, stop_late);
+
+	if (reactor_now_ns() >= daemon->stop_deadline_ns + STOP_LAST_WAIT_NS) {
+		log_error("giving up on what is stuck; ending without closing it");
+		_exit(EXIT_FAILURE);
+	}
+	list_for_each (link, &daemon->closing)
+		export_report_stuck(list_entry(link, struct export, link));
+	timer_arm(timer, daemon->stop_deadline_ns + STOP_LAST_WAIT_NS);
+}
+
+static suspends void stop(struct daemon *daemon)
+{
+	uint64_t timeout_ns = (uint64_t)daemon->config->stop_timeout_s * NS_PER_SEC;
+	unsigned export_count = 0;
+	struct co_group group;
+
+	daemon->stopping = true;
+	sd_notify(0, "STOPPING=1\nSTATUS=Finishing requests in flight");
+	daemon->stop_deadline_ns = reactor_now_ns() + timeout_ns;
+	timer_arm(&daemon->stop_late, daemon->stop_deadline_ns + NS_PER_SEC);
+	nbd_door_stop(daemon->nbd_door);
+	if (daemon->control)
+		control_stop(daemon->control);
+
+	list_for_each (link, &daemon->exports)
+		export_count++;
+	CLEANUP(free) struct stopping *stopping = calloc(export_count + 1, sizeof(*stopping));
+	if (!stopping)
+		abort();
+	export_count = 0;
+	list_for_each (link, &daemon->exports)
+		stopping[export_count++] = (struct stopping){ list_entry(link, struct export, link),
+			timeout_ns };
+	co_group_init(&group);
+	for (unsigned i = 0; i < export_count; i++)
+		co_group_start(&group, stop_one, &stopping[i]);
+	co_group_wait(&group);
+	nbd_door_close(daemon->nbd_door);
+	daemon->nbd_door = NULL;
+	timer_cancel(&daemon->stop_late);
+	watch_remove(&daemon->signals);
+}
+
+/* --- the whole -------------------------------------------------------------------------------- */
+
+struct run {
+	struct daemon *daemon;
+	struct err *err;
+	int ret;
+};
+
+static suspends void serve(void *arg)
+{
+	struct run *run = arg;
+	struct daemon *daemon = run->daemon;
+
+	run->ret = start(daemon, run->err);
+	daemon->env.start_failed = run->ret != 0;
+	while (!run->ret && !daemon->stopping)
+		co_queue_wait(&daemon->stop_wanted);
+	stop(daemon);
+}
+
+/* The doors' sockets; plain code, which may block. */
+static int bind_sockets(struct daemon *daemon, struct err *err)
+{
+	int ret = control_open(daemon, &daemon->control, err);
+
+	return ret ? ret : nbd_door_open(&daemon->nbd_door, daemon->config, err);
+}
+
+int daemon_run(const struct config *config, struct err *err)
+{
+	struct daemon daemon = { .config = config, .start_time = time(NULL), .signals.fd = -1 };
+	struct run run = { .daemon = &daemon, .err = err };
+
+	list_init(&daemon.exports);
+	list_init(&daemon.closing);
+	co_queue_init(&daemon.stop_wanted);
+	timer_init(&daemon.stop_late, stop_is_late);
+	if (blk_env_init(&daemon.env))
+		return err_sys(err, ENOMEM, "cannot start");
+	run.ret = block_signals(&daemon, err);
+	if (!run.ret)
+		run.ret = start_reactors(&daemon, err);
+	if (!run.ret)
+		run.ret = bind_sockets(&daemon, err);
+	if (!run.ret)
+		reactor_run_main(daemon.reactors[0], serve, &run);
+	nbd_door_abandon(daemon.nbd_door);
+	control_free(daemon.control);
+	end_reactors(&daemon);
+	blk_env_fini(&daemon.env);
+	if (daemon.signals.fd >= 0)
+		close(daemon.signals.fd);
+	if (!run.ret)
+		log_info("stopped");
+	return run.ret;
+}

@@ -1,0 +1,469 @@
+/*
+ * Exports: starting, changing and stopping them; see export.h.
+ *
+ * What happens on the export's home reactor is a struct call handed over with co_call_on(); everything
+ * else runs on the main reactor. A call counts itself in `users` and looks at `stopping` after every wait,
+ * so that export_stop() can free the export when the last one is gone.
+ *
+ * The kernel learns of a size after the stack has grown and before it shrinks; in between it knows
+ * less than there is, never more. A size that changes by itself (a memory disk resized through another
+ * export) comes as an event on home and is passed on by a task on the main reactor.
+ */
+#include "daemon/export.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/log.h"
+#include "base/units.h"
+#include "base/util.h"
+#include "daemon/daemon.h"
+#include "daemon/kernel.h"
+#include "daemon/nbd_door.h"
+
+#define KERNEL_BLOCK_SIZE_MIN 512U
+#define KERNEL_BLOCK_SIZE_MAX 4096U /* the page size of every processor we run on, at least */
+
+/* Something to do on the export's home reactor. */
+struct call {
+	struct export *export;
+	uint64_t off, len;
+	unsigned flags;
+	struct err *err;
+	json_t *stack, *nbd;
+	int ret;
+};
+
+struct export *export_find(struct daemon *daemon, const char *name)
+{
+	list_for_each (link, &daemon->exports) {
+		struct export *export = list_entry(link, struct export, link);
+		if (!strcmp(export->config->name, name))
+			return export;
+	}
+	return NULL;
+}
+
+/* --- calls under way -------------------------------------------------------------------------- */
+
+static int refuse(const struct export *export, struct err *err)
+{
+	return err_set(err, ESHUTDOWN, "export \"%s\" is being stopped", export->config->name);
+}
+
+static int begin(struct export *export, struct err *err)
+{
+	if (export->stopping)
+		return refuse(export, err);
+	co_group_enter(&export->users);
+	return 0;
+}
+
+static void end(struct export *export)
+{
+	co_group_leave(&export->users);
+}
+
+/* begin() for calls that change something: one at a time. */
+static suspends int begin_change(struct export *export, struct err *err)
+{
+	int ret = begin(export, err);
+
+	if (ret)
+		return ret;
+	co_mutex_lock(&export->change);
+	if (!export->stopping)
+		return 0;
+	co_mutex_unlock(&export->change);
+	end(export);
+	return refuse(export, err);
+}
+
+static void end_change(struct export *export)
+{
+	co_mutex_unlock(&export->change);
+	end(export);
+}
+
+/* --- size ------------------------------------------------------------------------------------- */
+
+static suspends int tell_kernel(struct export *export, uint64_t size, struct err *err)
+{
+	if (!export->kernel || export->kernel_size == size)
+		return 0;
+	int ret = kernel_resize(export->kernel, size, err);
+	if (!ret)
+		export->kernel_size = size;
+	return ret;
+}
+
+static suspends void resized_by_itself(void *arg)
+{
+	struct export *export = arg;
+	struct err err;
+
+	if (begin_change(export, &err))
+		return;
+	if (tell_kernel(export, export->size, &err))
+		log_error("export \"%s\": %s", export->config->name, err.text);
+	end_change(export);
+}
+
+static void resized_task(struct task *task)
+{
+	struct export *export = container_of(task, struct export, resized);
+
+	atomic_store(&export->resized_posted, false);
+	co_start(resized_by_itself, export);
+}
+
+/* On home. */
+static void size_changed(struct blk_listener *listener, uint64_t size)
+{
+	struct export *export = container_of(listener, struct export, listener);
+
+	export->size = size;
+	if (!atomic_exchange(&export->resized_posted, true))
+		reactor_post(export->daemon->reactors[0], &export->resized);
+}
+
+static suspends void resize_call(void *arg)
+{
+	struct call *call = arg;
+
+	call->ret = blk_resize(call->export->top, call->len, call->flags, call->err);
+}
+
+static suspends int resize(struct export *export, uint64_t size, bool force, struct err *err)
+{
+	const char *name = export->config->name;
+	char old_text[UNITS_SIZE_TEXT_LEN], new_text[UNITS_SIZE_TEXT_LEN];
+	struct call call = {
+		.export = export, .len = size, .flags = force ? BLK_FORCE : 0, .err = err
+	};
+	uint64_t old_size = export->size;
+
+	if (export->read_only)
+		return err_set(err, EPERM, "export \"%s\" is read-only", name);
+	if (size > BLK_SIZE_MAX)
+		return err_set(err, EFBIG, "export \"%s\": the size is beyond all bounds", name);
+	call.len = size = round_up(size, export->block_size);
+	if (size < old_size) {
+		if (!force)
+			return err_set(err, EINVAL,
+				"export \"%s\": to shrink from %s to %s loses what lies beyond; it "
+				"needs force",
+				name, units_format_size(old_size, old_text),
+				units_format_size(size, new_text));
+		int ret = tell_kernel(export, size, err);
+		if (ret)
+			return ret;
+	}
+	co_call_on(export->home, resize_call, &call);
+	if (call.ret) {
+		err_wrap(err, "export \"%s\"", name);
+		struct err again;
+		if (tell_kernel(export, export->size, &again))
+			log_error("export \"%s\": %s", name, again.text);
+		return call.ret;
+	}
+	return tell_kernel(export, export->size, err);
+}
+
+suspends int export_resize(struct export *export, uint64_t size, bool force, struct err *err)
+{
+	int ret = begin_change(export, err);
+
+	if (ret)
+		return ret;
+	ret = resize(export, size, force, err);
+	end_change(export);
+	return ret;
+}
+
+/* --- flush, discard, status ------------------------------------------------------------------- */
+
+static suspends void flush_call(void *arg)
+{
+	struct call *call = arg;
+
+	call->ret = blk_flush(call->export->top);
+}
+
+suspends int export_flush(struct export *export, struct err *err)
+{
+	struct call call = { .export = export };
+	int ret = begin(export, err);
+
+	if (ret)
+		return ret;
+	co_call_on(export->home, flush_call, &call);
+	if (call.ret)
+		err_sys(err, -call.ret, "export \"%s\": flush", export->config->name);
+	end(export);
+	return call.ret;
+}
+
+static suspends void discard_call(void *arg)
+{
+	struct call *call = arg;
+
+	if (!call->len && call->off < call->export->size)
+		call->len = call->export->size - call->off;
+	call->ret = blk_discard(call->export->top, call->off, call->len, 0);
+}
+
+suspends int export_discard(struct export *export, uint64_t off, uint64_t len, struct err *err)
+{
+	struct call call = { .export = export, .off = off, .len = len };
+	int ret = begin(export, err);
+
+	if (ret)
+		return ret;
+	co_call_on(export->home, discard_call, &call);
+	if (call.ret)
+		err_sys(err, -call.ret, "export \"%s\": discard of %" PRIu64 " bytes at %" PRIu64,
+			export->config->name, call.len, off);
+	end(export);
+	return call.ret;
+}
+
+static suspends void status_call(void *arg)
+{
+	struct call *call = arg;
+
+	call->stack = blk_status(call->export->top);
+	call->nbd = nbd_export_status(&call->export->nbd);
+}
+
+suspends void export_status(struct export *export, json_t **stack, json_t **nbd)
+{
+	struct call call = { .export = export };
+
+	if (!begin(export, NULL)) {
+		co_call_on(export->home, status_call, &call);
+		end(export);
+	}
+	*stack = call.stack ? call.stack : json_object();
+	*nbd = call.nbd ? call.nbd : json_object();
+}
+
+static suspends void report_stuck(void *arg)
+{
+	struct call call = { .export = arg };
+	size_t index;
+	json_t *client;
+
+	co_group_enter(&call.export->users);
+	co_call_on(call.export->home, status_call, &call);
+	json_array_foreach(json_object_get(call.nbd, "clients"), index, client)
+	{
+		json_int_t count = json_integer_value(json_object_get(client, "in_flight"));
+		if (count)
+			log_error("export \"%s\": %lld request%s of %s cannot finish",
+				call.export->config->name, (long long)count, count == 1 ? "" : "s",
+				json_string_value(json_object_get(client, "peer")));
+	}
+	json_decref(call.stack);
+	json_decref(call.nbd);
+	co_group_leave(&call.export->users);
+}
+
+void export_report_stuck(struct export *export)
+{
+	co_start(report_stuck, export);
+}
+
+/* --- the kernel device ------------------------------------------------------------------------ */
+
+static uint32_t kernel_block_size(const struct export *export)
+{
+	if (export->config->device_block_size)
+		return (uint32_t) export->config->device_block_size;
+	return MIN(MAX(export->block_size, KERNEL_BLOCK_SIZE_MIN), KERNEL_BLOCK_SIZE_MAX);
+}
+
+static suspends int attach(struct export *export, const char *device, struct err *err)
+{
+	const struct config_export *config = export->config;
+	struct kernel_opts opts = {
+		.nbd = &export->nbd,
+		.device = device           ? device
+			  : config->device ? config->device
+					   : "auto",
+		.size_bytes = export->size,
+		.block_size = kernel_block_size(export),
+		.timeout_s = (uint32_t)config->device_timeout_s,
+	};
+
+	if (export->kernel)
+		return err_set(err, EALREADY, "export \"%s\" is attached to %s already",
+			config->name, kernel_device(export->kernel));
+	if (!is_aligned(opts.size_bytes, opts.block_size))
+		return err_set(err, EINVAL,
+			"export \"%s\": its size of %" PRIu64
+			" bytes is no multiple of the kernel device's block size, %u; a layer "
+			"\"padded\" on top makes it one",
+			config->name, opts.size_bytes, opts.block_size);
+	int ret = kernel_attach(&opts, &export->kernel, err);
+	if (ret) {
+		export->kernel = NULL;
+		return err_wrap(err, "export \"%s\"", config->name);
+	}
+	export->kernel_size = opts.size_bytes;
+	log_info("export \"%s\": attached to %s", config->name, kernel_device(export->kernel));
+	return 0;
+}
+
+suspends int export_attach(struct export *export, const char *device, struct err *err)
+{
+	int ret = begin_change(export, err);
+
+	if (ret)
+		return ret;
+	ret = attach(export, device, err);
+	end_change(export);
+	return ret;
+}
+
+static suspends int detach(struct export *export, bool force, struct err *err)
+{
+	if (!export->kernel)
+		return err_set(err, ENOENT, "export \"%s\" is not attached to a kernel device",
+			export->config->name);
+	int ret = kernel_detach(export->kernel, force, err);
+	if (ret)
+		return err_wrap(err, "export \"%s\"", export->config->name);
+	export->kernel = NULL;
+	log_info("export \"%s\": detached from the kernel", export->config->name);
+	return 0;
+}
+
+suspends int export_detach(struct export *export, bool force, struct err *err)
+{
+	int ret = begin_change(export, err);
+
+	if (ret)
+		return ret;
+	ret = detach(export, force, err);
+	end_change(export);
+	return ret;
+}
+
+/* The daemon ends: a device in use is detached all the same, after saying whose data is at stake. */
+static suspends void detach_for_good(struct export *export)
+{
+	struct err err;
+
+	if (!export->kernel || !detach(export, false, &err))
+		return;
+	log_error("%s; detaching it all the same, since the daemon stops", err.text);
+	if (detach(export, true, &err))
+		log_error("%s", err.text);
+}
+
+/* --- starting and stopping -------------------------------------------------------------------- */
+
+static suspends void open_call(void *arg)
+{
+	struct call *call = arg;
+	struct export *export = call->export;
+	const struct config_export *config = export->config;
+
+	call->ret = stack_open(
+		config->stack, &export->daemon->env, config->read_only, &export->top, call->err);
+	if (call->ret)
+		return;
+	const struct blk_caps *caps = blk_caps(export->top);
+	export->size = caps->size;
+	export->block_size = caps->block_size;
+	export->read_only = config->read_only || caps->read_only;
+	export->listener.size_changed = size_changed;
+	blk_set_listener(export->top, &export->listener);
+}
+
+static suspends void close_call(void *arg)
+{
+	struct call *call = arg;
+
+	blk_set_listener(call->export->top, NULL);
+	stack_close(call->export->top);
+}
+
+/* The reactor that is home to the fewest exports. */
+static struct reactor *least_used_reactor(const struct daemon *daemon)
+{
+	struct reactor *least = NULL;
+	unsigned least_count = 0;
+
+	for (unsigned i = 0; i < daemon->reactor_count; i++) {
+		unsigned count = 0;
+		list_for_each (link, &daemon->exports)
+			count += list_entry(link, struct export, link)->home == daemon->reactors[i];
+		if (!least || count < least_count) {
+			least = daemon->reactors[i];
+			least_count = count;
+		}
+	}
+	return least;
+}
+
+suspends int export_start(struct daemon *daemon, const struct config_export *config,
+	struct export **started, struct err *err)
+{
+	struct export *export = calloc(1, sizeof(*export));
+	struct call call = { .export = export, .err = err };
+
+	*started = NULL;
+	if (!export)
+		return err_sys(err, ENOMEM, "export \"%s\"", config->name);
+	export->daemon = daemon;
+	export->config = config;
+	export->home = least_used_reactor(daemon);
+	co_mutex_init(&export->change);
+	co_group_init(&export->users);
+	task_init(&export->resized, resized_task);
+
+	co_call_on(export->home, open_call, &call);
+	if (call.ret) {
+		free(export);
+		return call.ret;
+	}
+	nbd_export_init(&export->nbd, config->name, config->description, export->top, export->home,
+		export->read_only);
+	export->nbd.max_clients = (unsigned)config->max_connections;
+	list_push_back(&daemon->exports, &export->link);
+	call.ret = nbd_door_publish(daemon->nbd_door, export, err);
+	if (call.ret) {
+		export_stop(export, 0);
+		return call.ret;
+	}
+	*started = export;
+	return 0;
+}
+
+suspends void export_stop(struct export *export, uint64_t grace_ns)
+{
+	struct call call = { .export = export };
+
+	co_mutex_lock(&export->change);
+	export->stopping = true;
+	list_remove(&export->link);
+	list_push_back(&export->daemon->closing, &export->link);
+	detach_for_good(export);
+	nbd_withdraw(&export->nbd, grace_ns);
+	/* The kernel's connection is gone now: what did not let itself be detached is lost, and let go. */
+	detach_for_good(export);
+	co_mutex_unlock(&export->change);
+	co_group_wait(&export->users);
+
+	co_call_on(export->home, close_call, &call);
+	while (atomic_load(&export->resized_posted))
+		co_sleep_ns(NS_PER_MS);
+	co_group_wait(&export->users); /* somebody may have asked what is stuck */
+	list_remove(&export->link);
+	log_debug("export \"%s\": closed", export->config->name);
+	free(export);
+}

@@ -1,0 +1,82 @@
+/*
+ * blkstackd --help; see help.h.
+ *
+ * A row of an option table becomes one or two lines: name, type and default, then the help text.
+ */
+#include "daemon/help.h"
+
+#include <string.h>
+
+#include "base/conf.h"
+#include "blk/blk.h"
+#include "daemon/config.h"
+
+#define NAME_COLUMNS 20
+#define TYPE_COLUMNS 10
+
+static const char usage[] =
+	"blkstackd - serve disks composed of layers, as /dev/nbdX and on NBD sockets\n"
+	"\n"
+	"    blkstackd --config FILE            run in the foreground, log to standard error\n"
+	"    blkstackd --config FILE --check    check the file, print the stacks, change nothing\n"
+	"\n"
+	"    -c, --config FILE       the config file, see blkstack.conf(5)\n"
+	"    -n, --check             only check\n"
+	"    -e, --engine ENGINE     auto, uring or threads; instead of what the config says\n"
+	"    -l, --log-level LEVEL   error, warning, info (the default) or debug\n"
+	"    -h, --help              this text\n"
+	"    -V, --version           the version\n"
+	"\n"
+	"Signals: SIGTERM and SIGINT end it: requests in flight finish, everything is flushed.\n"
+	"Exit status: 0 a clean end, 1 a config or a start that failed, 2 a wrong command line.\n";
+
+static const char *type_text(const struct opt *opt)
+{
+	static const char *const texts[] = {
+		[OPT_BOOL] = "BOOL",
+		[OPT_INT] = "NUMBER",
+		[OPT_SIZE] = "SIZE",
+		[OPT_STRING] = "TEXT",
+		[OPT_ENUM] = "",
+		[OPT_STRINGS] = "TEXTS",
+		[OPT_LIST] = "( {...} )",
+	};
+
+	return texts[opt->type];
+}
+
+static void print_options(FILE *out, const struct opt *table)
+{
+	for (const struct opt *opt = table; opt && opt->name; opt++) {
+		int column = fprintf(out, "    %-*s ", NAME_COLUMNS, opt->name);
+		if (opt->type == OPT_ENUM)
+			for (int i = 0; opt->choices[i]; i++)
+				column += fprintf(out, "%s\"%s\"", i ? "|" : "", opt->choices[i]);
+		else
+			column += fprintf(out, "%s", type_text(opt));
+		fprintf(out, "%*s %s", column < 35 ? 35 - column : 0, "",
+			opt->help ? opt->help : "");
+		if (opt->required)
+			fprintf(out, " (required)");
+		else if (opt->fallback && *opt->fallback)
+			fprintf(out, " (default %s)", opt->fallback);
+		fputc('\n', out);
+	}
+}
+
+void help_print(FILE *out)
+{
+	fputs(usage, out);
+	fputs("\nThe config file. In names, - and _ are the same; a SIZE is a number of bytes or "
+	      "\"10G\".\n",
+		out);
+	print_options(out, config_options);
+	fputs("\nAn export, an item of `exports`:\n", out);
+	print_options(out, config_export_options);
+	fputs("\nLayers, the items of `stack`, top first; the last one stores the bytes.\n", out);
+	for (const struct blk_ops *const *ops = blk_layers; *ops; ops++) {
+		fprintf(out, "\n  layer = \"%s\": %s%s\n", (*ops)->name, (*ops)->summary,
+			(*ops)->is_leaf ? " (stands last)" : "");
+		print_options(out, (*ops)->options);
+	}
+}
