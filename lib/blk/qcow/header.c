@@ -290,7 +290,7 @@ static int parse_first_cluster(struct qcow_header *header, const struct qcow_dis
 
 /* --- the whole -------------------------------------------------------------------------------- */
 
-static int load(struct blk *file, struct qcow_header *header, struct err *err)
+static suspends int load(struct blk *file, struct qcow_header *header, struct err *err)
 {
 	struct qcow_disk_header disk = { 0 };
 	uint64_t file_size = blk_caps(file)->size;
