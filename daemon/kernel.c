@@ -13,7 +13,6 @@
 #include "daemon/kernel.h"
 
 #include <errno.h>
-#include <linux/nbd.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
