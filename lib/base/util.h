@@ -55,10 +55,10 @@ static inline bool range_ok(uint64_t off, uint64_t len, uint64_t size)
 	return off <= size && len <= size - off;
 }
 
-/* True when the two half-open ranges share at least one byte. */
+/* True when the two half-open ranges share at least one byte; ends beyond 2^64 are no matter. */
 static inline bool ranges_overlap(uint64_t a_off, uint64_t a_len, uint64_t b_off, uint64_t b_len)
 {
-	return a_off < b_off + b_len && b_off < a_off + a_len;
+	return a_off <= b_off ? b_len && b_off - a_off < a_len : a_len && a_off - b_off < b_len;
 }
 
 /* True on overflow; *sum or *product is then undefined. For values that come from outside. */

@@ -13,6 +13,6 @@
 #define BUF_POOLED_MAX_BYTES (256 * 1024)
 #define BUF_POOL_KEEP_BYTES  (1024 * 1024)
 
-/* NULL when memory is exhausted. Returned on the same reactor, with the same size. */
+/* NULL when memory is exhausted. Returned on the same reactor, with the same size; NULL is fine. */
 void *buf_get(size_t size_bytes);
 void buf_put(void *buf, size_t size_bytes);

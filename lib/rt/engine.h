@@ -3,7 +3,7 @@
  *
  * One table, several implementations: "uring" (io_uring, one per reactor), "threads" (a pool shared
  * by all reactors, same semantics: many systems forbid io_uring). A request belongs to the coroutine
- * that waits for it; the engine links it while it is under way and calls engine_complete() on the
+ * that waits for it; the engine keeps it while it is under way and calls engine_complete() on the
  * reactor's thread when it is done.
  */
 #pragma once
@@ -12,20 +12,19 @@
 #include <stdint.h>
 
 #include "base/err.h"
-#include "base/list.h"
 #include "rt/co.h"
-
-struct reactor;
+#include "rt/reactor.h"
 
 enum io_op { IO_OP_READ, IO_OP_WRITE, IO_OP_FDATASYNC, IO_OP_FALLOCATE };
 
 struct io_request {
-	struct list link;
+	struct task task; /* the engine's while the request is under way */
+	struct reactor *reactor;
 	enum io_op op;
 	int fd;
 	int flags; /* rwf flags, or fallocate's mode */
 	void *buf;
-	size_t len_bytes;
+	uint64_t len_bytes;
 	uint64_t off;
 	int64_t result; /* a byte count or -errno; may be short: io.c goes on with the rest */
 	struct co *waiter;

@@ -2,10 +2,10 @@
  * File I/O for coroutines: as cheap as the file allows, and never blocking the reactor.
  *
  * How an operation is carried out depends on the file, and is decided here and nowhere else:
- *	tmpfs		inline: it has no non-blocking I/O, and never waits for a device
- *	buffered	reads: preadv2(RWF_NOWAIT) inline first, then the engine; writes: the engine
- *	direct		the engine
- *	fsync, fallocate	the engine, but for tmpfs
+ *	IO_INLINE	a file in memory (tmpfs): at once; it has no non-blocking I/O, and never waits for a device
+ *	IO_BUFFERED	reads: what is in the page cache at once, the rest by the engine; writes: the engine
+ *	IO_DIRECT	opened with O_DIRECT: the engine
+ *	fsync and fallocate: the engine, but for files in memory
  * The engine is the reactor's: io_uring, or a pool of threads with the same semantics.
  *
  * All calls return what the system call would, -errno instead of errno, and retry EINTR and short
@@ -28,6 +28,7 @@ enum io_mode { IO_INLINE, IO_BUFFERED, IO_DIRECT };
 struct io_file {
 	int fd; /* stays the caller's */
 	enum io_mode mode;
+	bool nowait; /* buffered, and the file system knows non-blocking reads */
 };
 
 /* Looks at the file (fstatfs) to choose the mode; direct: opened with O_DIRECT. */

@@ -30,9 +30,9 @@ void co_pool_fini(struct co_pool *pool); /* none may be suspended */
 void co_resume(struct list *link);
 
 /* buf.c: buffers for reuse, a LIFO list per power of two from 4 KiB to BUF_POOLED_MAX_BYTES. */
-enum { BUF_CLASSES = 7 };
+enum { BUF_SHELVES = 7 };
 struct buf_pool {
-	void *free[BUF_CLASSES];
+	void *free[BUF_SHELVES];
 	size_t kept_bytes;
 };
 

@@ -22,7 +22,8 @@
 struct stream {
 	int fd; /* owned, non-blocking */
 	struct watch watch;
-	bool readable, writable, cancelled;
+	bool readable, writable, hung_up, cancelled;
+	bool filled; /* the last receive took all it was given room for */
 	struct co_queue reader, writer;
 };
 

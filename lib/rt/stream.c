@@ -1,0 +1,199 @@
+/*
+ * Stream sockets for coroutines; see stream.h.
+ *
+ * `readable` and `writable` say that the next call may succeed. They are set by the edges epoll
+ * reports and cleared by a call that took, or placed, less than it was asked for: whatever comes after
+ * that makes a new edge. The peer's end makes no further edge, so once seen (`hung_up`) the socket
+ * stays readable and the receive itself tells data from the end.
+ *
+ * A reader that found its buffer filled lets the others run before it reads again, so a client that sends
+ * faster than it is served cannot shut out the rest.
+ */
+#include "rt/stream.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "base/util.h"
+
+static void stream_event(struct watch *watch, uint32_t epoll_events)
+{
+	struct stream *stream = container_of(watch, struct stream, watch);
+
+	if (epoll_events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR))
+		stream->hung_up = true;
+	if (epoll_events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR)) {
+		stream->readable = true;
+		co_queue_wake_one(&stream->reader);
+	}
+	if (epoll_events & (EPOLLOUT | EPOLLHUP | EPOLLERR)) {
+		stream->writable = true;
+		co_queue_wake_one(&stream->writer);
+	}
+}
+
+int stream_init(struct stream *stream, int fd)
+{
+	int flags = fcntl(fd, F_GETFL), ret = 0;
+
+	*stream = (struct stream){ .fd = fd, .writable = true };
+	co_queue_init(&stream->reader);
+	co_queue_init(&stream->writer);
+	if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK))
+		ret = -errno;
+	if (!ret)
+		ret = watch_add(&stream->watch, fd, EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET,
+			stream_event);
+	if (ret) {
+		close(fd);
+		stream->fd = -1;
+	}
+	return ret;
+}
+
+int stream_release(struct stream *stream)
+{
+	int fd = stream->fd;
+
+	if (fd >= 0)
+		watch_remove(&stream->watch);
+	stream->fd = -1;
+	return fd;
+}
+
+void stream_fini(struct stream *stream)
+{
+	int fd = stream_release(stream);
+
+	if (fd >= 0)
+		close(fd);
+}
+
+void stream_cancel(struct stream *stream)
+{
+	stream->cancelled = true;
+	co_queue_wake_all(&stream->reader);
+	co_queue_wake_all(&stream->writer);
+}
+
+/* --- receiving -------------------------------------------------------------------------------- */
+
+/* What there is; -EAGAIN when there is nothing. */
+static ssize_t receive_some(struct stream *stream, void *buf, size_t max_bytes)
+{
+	ssize_t count;
+
+	do {
+		count = recv(stream->fd, buf, max_bytes, 0);
+	} while (count < 0 && errno == EINTR);
+	if (count < 0)
+		count = -errno;
+	stream->filled = count == (ssize_t)max_bytes;
+	if (!stream->filled && !stream->hung_up)
+		stream->readable = false;
+	return count;
+}
+
+suspends ssize_t stream_recv(
+	struct stream *stream, void *buf, size_t max_bytes, uint64_t deadline_ns)
+{
+	if (stream->filled) {
+		stream->filled = false;
+		co_yield ();
+	}
+	for (;;) {
+		if (stream->cancelled)
+			return -ECANCELED;
+		if (stream->readable) {
+			ssize_t count = receive_some(stream, buf, max_bytes);
+
+			if (count != -EAGAIN)
+				return count;
+		}
+		if (!stream->readable && !co_queue_wait_until(&stream->reader, deadline_ns))
+			return -ETIMEDOUT;
+	}
+}
+
+suspends int stream_recv_exact(
+	struct stream *stream, void *buf, size_t len_bytes, uint64_t deadline_ns)
+{
+	while (len_bytes) {
+		ssize_t count = stream_recv(stream, buf, len_bytes, deadline_ns);
+
+		if (count <= 0)
+			return count ? (int)count : -ECONNRESET;
+		buf = (char *)buf + count;
+		len_bytes -= (size_t)count;
+	}
+	return 0;
+}
+
+/* --- sending ---------------------------------------------------------------------------------- */
+
+static size_t iov_total_bytes(const struct iovec *iov, int iov_count)
+{
+	size_t total_bytes = 0;
+
+	for (int i = 0; i < iov_count; i++)
+		total_bytes += iov[i].iov_len;
+	return total_bytes;
+}
+
+ssize_t stream_send_some(struct stream *stream, const struct iovec *iov, int iov_count)
+{
+	struct msghdr message = {
+		.msg_iov = (struct iovec *)iov,
+		.msg_iovlen = (size_t)MIN(iov_count, IOV_MAX),
+	};
+	ssize_t count;
+
+	if (stream->cancelled)
+		return -ECANCELED;
+	if (!stream->writable)
+		return 0;
+	do {
+		count = sendmsg(stream->fd, &message, MSG_NOSIGNAL);
+	} while (count < 0 && errno == EINTR);
+	if (count < 0 && errno != EAGAIN)
+		return -errno;
+	count = MAX(count, 0);
+	if ((size_t)count < iov_total_bytes(iov, (int)message.msg_iovlen))
+		stream->writable = false;
+	return count;
+}
+
+/* Skips what was sent, and empty elements. */
+static void iov_advance(struct iovec **iov, int *iov_count, size_t sent_bytes)
+{
+	while (*iov_count && sent_bytes >= (*iov)->iov_len) {
+		sent_bytes -= (*iov)->iov_len;
+		(*iov)++;
+		(*iov_count)--;
+	}
+	if (*iov_count) {
+		(*iov)->iov_base = (char *)(*iov)->iov_base + sent_bytes;
+		(*iov)->iov_len -= sent_bytes;
+	}
+}
+
+suspends int stream_send(
+	struct stream *stream, struct iovec *iov, int iov_count, uint64_t deadline_ns)
+{
+	iov_advance(&iov, &iov_count, 0);
+	while (iov_count) {
+		ssize_t sent_bytes = stream_send_some(stream, iov, iov_count);
+
+		if (sent_bytes < 0)
+			return (int)sent_bytes;
+		iov_advance(&iov, &iov_count, (size_t)sent_bytes);
+		if (iov_count && !stream->writable &&
+			!co_queue_wait_until(&stream->writer, deadline_ns))
+			return -ETIMEDOUT;
+	}
+	return stream->cancelled ? -ECANCELED : 0;
+}
