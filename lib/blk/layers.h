@@ -5,6 +5,8 @@
 
 #include "blk/blk.h"
 
+extern const struct blk_ops fault_ops;
 extern const struct blk_ops file_ops;
 extern const struct blk_ops memory_ops;
 extern const struct blk_ops null_ops;
+extern const struct blk_ops padded_ops;

@@ -6,39 +6,29 @@
  */
 #include <string.h>
 
-#include "base/units.h"
 #include "base/util.h"
 #include "blk/blk.h"
 #include "blk/layers.h"
 
 struct null {
 	struct blk blk;
-	uint64_t size, block_size;
+	uint64_t block_size; /* the size goes straight to caps */
 };
 
 static const struct opt null_options[] = {
-	{ "size", OPT_SIZE, offsetof(struct null, size), .fallback = "1G", .min = 1,
-		.max = BLK_SIZE_MAX, .help = "size of the disk" },
-	{ "block-size", OPT_SIZE, offsetof(struct null, block_size), .fallback = "1", .min = 1,
+	{ "size", OPT_SIZE, offsetof(struct blk, caps.size), "1G", .min = 1, .help = "its size" },
+	{ "block-size", OPT_SIZE, offsetof(struct null, block_size), "1", .min = 1,
 		.max = BLK_BLOCK_SIZE_MAX, .pow2 = true, .help = "smallest unit of access" },
 	{ 0 },
 };
-
-static int null_check(const struct blk *blk, struct err *err)
-{
-	const struct null *null = container_of(blk, struct null, blk);
-
-	return blk_check_size(blk->conf, null->size, null->block_size, err);
-}
 
 static suspends int null_open(struct blk *blk, struct err *err)
 {
 	struct null *null = container_of(blk, struct null, blk);
 
-	blk->caps.size = null->size;
 	blk->caps.block_size = (uint32_t)null->block_size;
-	blk->caps.fua = blk->caps.zero_fast = blk->caps.discard = blk->caps.multi_reactor = true;
-	return 0;
+	blk->caps.fua = blk->caps.zero_fast = blk->caps.discard = true;
+	return blk_check_size(blk->conf, blk->caps.size, null->block_size, err);
 }
 
 static suspends int null_read(struct blk *blk, uint64_t off, void *buf, size_t len)
@@ -77,7 +67,6 @@ const struct blk_ops null_ops = {
 	.options = null_options,
 	.struct_size = sizeof(struct null),
 	.is_leaf = true,
-	.check = null_check,
 	.open = null_open,
 	.read = null_read,
 	.write = null_write,

@@ -10,7 +10,9 @@
 const struct blk_ops *const blk_layers[] = {
 	&file_ops,
 	&memory_ops,
+	&padded_ops,
 	&null_ops,
+	&fault_ops,
 	NULL,
 };
 
