@@ -14,7 +14,7 @@ UNITDIR  ?= /usr/lib/systemd/system
 CC       ?= gcc
 PKG_CONFIG ?= pkg-config
 
-LIB_PKGS    := jansson liburing
+LIB_PKGS    := jansson liburing zlib libzstd
 DAEMON_PKGS := libconfig libsystemd
 TEST_PKGS   := check libnbd
 

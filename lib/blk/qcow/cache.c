@@ -30,6 +30,7 @@ int cache_init(struct cache *cache, struct qcow *q, uint64_t size_bytes)
 		buckets *= 2;
 	cache->hash_mask = buckets - 1;
 	list_init(&cache->lru);
+	list_init(&cache->dirty);
 	co_queue_init(&cache->evictable);
 	cache->slices = calloc(cache->capacity, sizeof(*cache->slices));
 	cache->hash = calloc(buckets, sizeof(*cache->hash));
@@ -93,7 +94,7 @@ static struct slice *add_slice(struct cache *cache)
 	slice->data = aligned_alloc(cache->slice_size, cache->slice_size);
 	if (!slice->data)
 		return NULL;
-	list_init(&slice->lru);
+	list_init(&slice->link);
 	co_queue_init(&slice->loaded);
 	cache->count++;
 	return slice;
@@ -108,11 +109,11 @@ static struct slice *take_unused(struct cache *cache)
 		if (slice)
 			return slice;
 	}
-	/* Dirty slices are taken off the LRU list, so whatever is on it may go. */
+	/* Dirty slices are on another list, so whatever is on this one may go. */
 	struct list *link = list_pop_front(&cache->lru);
 	if (!link)
 		return NULL;
-	struct slice *slice = list_entry(link, struct slice, lru);
+	struct slice *slice = list_entry(link, struct slice, link);
 	if (slice->host_off)
 		unhash(cache, slice);
 	return slice;
@@ -120,20 +121,24 @@ static struct slice *take_unused(struct cache *cache)
 
 static void maybe_evictable(struct cache *cache, struct slice *slice)
 {
-	if (slice->users || slice->dirty || slice->loading || !list_empty(&slice->lru))
+	if (slice->users || slice->dirty || slice->loading || !list_empty(&slice->link))
 		return;
-	list_push_back(&cache->lru, &slice->lru);
+	list_push_back(&cache->lru, &slice->link);
 	co_queue_wake_one(&cache->evictable);
 }
 
-static void use(struct slice *slice)
+void cache_use(struct slice *slice)
 {
-	if (!slice->users++)
-		list_remove(&slice->lru);
+	if (!slice->users++ && !slice->dirty)
+		list_remove(&slice->link);
 }
 
-/* A slice for host_off with one user, or the one that another coroutine made meanwhile. */
-static suspends struct slice *claim(struct cache *cache, uint64_t host_off, bool *found)
+/*
+ * A slice for host_off with one user: found, or an empty one put in its place. When all are dirty or in
+ * use it waits for a commit, and gives up when that fails: the image below is full or broken.
+ */
+static suspends int claim(
+	struct cache *cache, uint64_t host_off, struct slice **claimed, bool *found)
 {
 	for (;;) {
 		struct slice *slice = find(cache, host_off);
@@ -142,11 +147,15 @@ static suspends struct slice *claim(struct cache *cache, uint64_t host_off, bool
 		if (!slice && (slice = take_unused(cache)))
 			rehash(cache, slice, host_off);
 		if (slice) {
-			use(slice);
-			return slice;
+			cache_use(slice);
+			*claimed = slice;
+			return 0;
 		}
+		uint64_t errors = cache->q->stats.commit_errors;
 		qcow_commit_soon(cache->q);
 		co_queue_wait(&cache->evictable);
+		if (cache->q->stats.commit_errors != errors)
+			return -EIO;
 	}
 }
 
@@ -158,9 +167,9 @@ struct slice *cache_peek(struct cache *cache, uint64_t host_off)
 
 	if (!slice || slice->loading)
 		return NULL;
-	if (!list_empty(&slice->lru) && cache->lru.prev != &slice->lru) {
-		list_remove(&slice->lru);
-		list_push_back(&cache->lru, &slice->lru);
+	if (!list_empty(&slice->link) && !slice->dirty && cache->lru.prev != &slice->link) {
+		list_remove(&slice->link);
+		list_push_back(&cache->lru, &slice->link);
 	}
 	cache->hits++;
 	return slice;
@@ -168,9 +177,12 @@ struct slice *cache_peek(struct cache *cache, uint64_t host_off)
 
 suspends int cache_get(struct cache *cache, uint64_t host_off, struct slice **got)
 {
+	struct slice *slice;
 	bool found;
-	struct slice *slice = claim(cache, host_off, &found);
+	int ret = claim(cache, host_off, &slice, &found);
 
+	if (ret)
+		return ret;
 	if (!found) {
 		cache->misses++;
 		slice->loading = true;
@@ -184,8 +196,7 @@ suspends int cache_get(struct cache *cache, uint64_t host_off, struct slice **go
 			co_queue_wait(&slice->loaded);
 	}
 	if (slice->load_error) {
-		int ret = slice->load_error;
-
+		ret = slice->load_error;
 		/* The last one to leave forgets it, so that the next attempt reads again. */
 		if (slice->users == 1 && slice->host_off) {
 			unhash(cache, slice);
@@ -200,9 +211,12 @@ suspends int cache_get(struct cache *cache, uint64_t host_off, struct slice **go
 
 suspends int cache_get_new(struct cache *cache, uint64_t host_off, struct slice **got)
 {
+	struct slice *slice;
 	bool found;
-	struct slice *slice = claim(cache, host_off, &found);
+	int ret = claim(cache, host_off, &slice, &found);
 
+	if (ret)
+		return ret;
 	while (slice->loading)
 		co_queue_wait(&slice->loaded);
 	slice->load_error = 0;
@@ -220,10 +234,12 @@ void cache_put(struct cache *cache, struct slice *slice)
 
 void cache_mark_dirty(struct cache *cache, struct slice *slice)
 {
+	assert(slice->host_off);
 	if (slice->dirty)
 		return;
 	slice->dirty = true;
-	list_remove(&slice->lru);
+	list_remove(&slice->link);
+	list_push_back(&cache->dirty, &slice->link);
 	cache->dirty_count++;
 	if (cache->dirty_count > cache->capacity / 2)
 		qcow_commit_soon(cache->q);
@@ -236,6 +252,7 @@ void cache_mark_clean(struct cache *cache, struct slice *slice)
 	if (!slice->dirty)
 		return;
 	slice->dirty = false;
+	list_remove(&slice->link);
 	cache->dirty_count--;
 	maybe_evictable(cache, slice);
 }
@@ -245,8 +262,9 @@ void cache_forget(struct cache *cache, uint64_t host_off, uint64_t len)
 	for (uint64_t off = host_off; off < host_off + len; off += cache->slice_size) {
 		struct slice *slice = find(cache, off);
 
-		if (!slice || slice->users)
-			continue; /* in use: by a reader that pins the cluster, so it is not freed yet */
+		if (!slice)
+			continue;
+		/* Whoever still uses it keeps what it holds, but nobody finds it any more. */
 		unhash(cache, slice);
 		cache_mark_clean(cache, slice);
 	}

@@ -54,7 +54,7 @@ struct qcow_header {
 
 /* A part of a table, as it is on disk (big-endian). */
 struct slice {
-	struct list lru; /* in cache->lru while unused by anybody, oldest first */
+	struct list link; /* in cache->lru while clean and unused, oldest first; or in cache->dirty */
 	struct slice *hash_next;
 	uint64_t host_off;
 	uint8_t *data;
@@ -72,8 +72,8 @@ struct cache {
 	struct slice *slices;
 	struct slice **hash;
 	size_t hash_mask;
-	struct list lru;
-	struct co_queue evictable;
+	struct list lru, dirty;
+	struct co_queue evictable; /* who waits for room */
 	uint64_t hits, misses;
 };
 
@@ -138,7 +138,7 @@ struct qcow {
 	uint64_t free_index;      /* no free cluster lies below */
 	uint64_t fresh_index; /* clusters from here on were never written: they read as zeroes */
 	uint64_t end_index;   /* clusters from here on were never allocated */
-	uint64_t grown_size;  /* of below, 0: below cannot grow */
+	bool below_grows; /* blk_resize() of below works: clusters beyond its end are zero */
 
 	/* requests */
 	struct range_lock writes;
@@ -152,7 +152,9 @@ struct qcow {
 	struct freed_list committed;          /* durably unlinked, waiting for requests in flight */
 	struct co_group background;
 	bool grace_running;
+	struct co_queue unpinned, settled;
 	struct timer commit_timer;
+	struct task commit_task;
 	bool commit_scheduled, closing;
 
 	struct inflated *inflated; /* compressed.c: the cluster last decompressed */
@@ -199,6 +201,7 @@ struct slice *cache_peek(struct cache *cache, uint64_t host_off);
 suspends int cache_get(struct cache *cache, uint64_t host_off, struct slice **slice);
 /* A slice of zeroes, not read from disk: for a new table. */
 suspends int cache_get_new(struct cache *cache, uint64_t host_off, struct slice **slice);
+void cache_use(struct slice *slice); /* one more user of a slice at hand */
 void cache_put(struct cache *cache, struct slice *slice);
 void cache_mark_dirty(struct cache *cache, struct slice *slice);
 void cache_mark_clean(struct cache *cache, struct slice *slice);
@@ -297,8 +300,12 @@ void qcow_inflated_free(struct qcow *q);
 
 /* --- commit.c --------------------------------------------------------------------------------- */
 
+void qcow_commit_init(struct qcow *q);
+suspends void qcow_commit_fini(struct qcow *q); /* what is not committed by now is dropped */
 /* Makes every change to the mapping that was made before the call durable, and all data. */
 suspends int qcow_commit(struct qcow *q);
+/* The same for who holds commit_mutex (and makes more changes before letting go of it). */
+suspends int qcow_commit_locked(struct qcow *q);
 /* Starts a commit in the background soon: the caches are full of dirty slices. */
 void qcow_commit_soon(struct qcow *q);
 /* Arms the timer that commits metadata nobody flushes. */

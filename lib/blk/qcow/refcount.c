@@ -1,0 +1,567 @@
+/*
+ * Reference counts and allocation (format, "Host cluster management").
+ *
+ * Counts are changed in the cached refcount blocks only, under alloc_mutex; commits write them. A count
+ * that is too high on disk is a leak, which is harmless; one that is too low never gets there, because
+ * counts go up before anything points to the cluster (commit phase 1) and down only after nothing does.
+ *
+ * Where to allocate: first what was freed (from free_index on, a bounded search per call), else at the
+ * end of the image, so that a fresh image is written from front to back. Clusters from fresh_index on
+ * were never written, neither in this session nor before (the file ended there), so they read as zeroes.
+ *
+ * A refcount block that is missing for a region of the file is put at the first cluster wanted there. A
+ * refcount table that is too short is replaced by a larger one right behind what the old one covers.
+ */
+#include "blk/qcow/qcow.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/cleanup.h"
+
+/* Slices of refcount blocks looked through for a free cluster by one allocation. */
+#define SEARCH_SLICES_MAX 16
+
+/* The file below grows by an eighth of its size, within these bounds, in one step. */
+#define GROW_MIN_BYTES (UINT64_C(1) << 20)
+#define GROW_MAX_BYTES (UINT64_C(128) << 20)
+
+/* --- a count inside a slice ------------------------------------------------------------------- */
+
+/* Widths below a byte: the first count is in the least significant bits. */
+static uint64_t count_get(const struct qcow *q, const uint8_t *data, uint64_t i)
+{
+	uint64_t value = 0;
+
+	if (q->refcount_bits < 8) {
+		unsigned per_byte = 8 / q->refcount_bits;
+
+		return data[i / per_byte] >> (i % per_byte * q->refcount_bits) &
+			((1U << q->refcount_bits) - 1);
+	}
+	for (unsigned byte = 0, width = q->refcount_bits / 8; byte < width; byte++)
+		value = value << 8 | data[i * width + byte];
+	return value;
+}
+
+static void count_put(const struct qcow *q, uint8_t *data, uint64_t i, uint64_t value)
+{
+	if (q->refcount_bits < 8) {
+		unsigned per_byte = 8 / q->refcount_bits;
+		unsigned shift = (unsigned)(i % per_byte) * q->refcount_bits;
+		unsigned mask = ((1U << q->refcount_bits) - 1) << shift;
+
+		data[i / per_byte] = (uint8_t)((data[i / per_byte] & ~mask) | (unsigned)value << shift);
+		return;
+	}
+	for (unsigned width = q->refcount_bits / 8, byte = width; byte-- > 0; value >>= 8)
+		data[i * width + byte] = (uint8_t)value;
+}
+
+static uint64_t count_max(const struct qcow *q)
+{
+	return q->refcount_bits == 64 ? UINT64_MAX : (UINT64_C(1) << q->refcount_bits) - 1;
+}
+
+static uint64_t counts_per_slice(const struct qcow *q)
+{
+	return (uint64_t)q->refcount_cache.slice_size * 8 / q->refcount_bits;
+}
+
+static uint64_t region_of(const struct qcow *q, uint64_t index)
+{
+	return index >> q->refblock_bits;
+}
+
+/* Offset in the image of the refcount block for cluster index, 0 when there is none. */
+static uint64_t refblock_of(const struct qcow *q, uint64_t index)
+{
+	uint64_t region = region_of(q, index);
+
+	return region < q->refcount_table_count ? q->refcount_table[region] & QCOW_REFTABLE_OFF_MASK :
+						  0;
+}
+
+static suspends int get_slice(struct qcow *q, uint64_t index, struct slice **slice)
+{
+	uint64_t refblock_off = refblock_of(q, index);
+	uint64_t in_region = index & ((UINT64_C(1) << q->refblock_bits) - 1);
+	uint64_t slice_off = in_region / counts_per_slice(q) * q->refcount_cache.slice_size;
+
+	if (!is_aligned(refblock_off, q->cluster_size) ||
+		refblock_off >= blk_caps(q->blk.below)->size)
+		return qcow_mark_corrupt(q, "refcount table entry %llu points to %llu",
+			(unsigned long long)region_of(q, index), (unsigned long long)refblock_off);
+	return cache_get(&q->refcount_cache, refblock_off + slice_off, slice);
+}
+
+suspends int qcow_refcount_get(struct qcow *q, uint64_t index, uint64_t *refcount)
+{
+	struct slice *slice;
+
+	*refcount = 0;
+	if (!refblock_of(q, index))
+		return 0;
+	int ret = get_slice(q, index, &slice);
+	if (ret)
+		return ret;
+	*refcount = count_get(q, slice->data, index % counts_per_slice(q));
+	cache_put(&q->refcount_cache, slice);
+	return 0;
+}
+
+/* Adds delta to the counts from index on that lie in one slice; *done says how many. */
+static suspends int add_in_slice(
+	struct qcow *q, uint64_t index, uint64_t count, int64_t delta, uint64_t *done)
+{
+	uint64_t first = index % counts_per_slice(q);
+	struct slice *slice;
+	int ret = 0;
+
+	*done = 0;
+	if (!refblock_of(q, index))
+		return qcow_mark_corrupt(q, "cluster %llu is in use but has no refcount block",
+			(unsigned long long)index);
+	ret = get_slice(q, index, &slice);
+	if (ret)
+		return ret;
+	for (; *done < MIN(count, counts_per_slice(q) - first); ++*done) {
+		uint64_t old = count_get(q, slice->data, first + *done);
+		uint64_t new = old + (uint64_t)delta;
+
+		if (delta < 0 ? old < (uint64_t)-delta : new < old || new > count_max(q)) {
+			ret = -ERANGE;
+			break;
+		}
+		count_put(q, slice->data, first + *done, new);
+		if (!new)
+			q->free_index = MIN(q->free_index, index + *done);
+	}
+	cache_mark_dirty(&q->refcount_cache, slice);
+	cache_put(&q->refcount_cache, slice);
+	return ret;
+}
+
+suspends int qcow_refcount_add(struct qcow *q, uint64_t index, uint64_t count, int64_t delta)
+{
+	uint64_t total = 0, done;
+
+	while (total < count) {
+		int ret = add_in_slice(q, index + total, count - total, delta, &done);
+
+		total += done;
+		if (ret) {
+			/* Undo what went well: all or nothing. */
+			for (uint64_t undone = 0; undone < total; undone += done)
+				if (add_in_slice(q, index + undone, total - undone, -delta, &done))
+					break;
+			return ret;
+		}
+	}
+	return 0;
+}
+
+/* --- sets and lists of clusters --------------------------------------------------------------- */
+
+static size_t set_slot(const struct cluster_set *set, uint64_t index)
+{
+	size_t slot = (size_t)((index * UINT64_C(0x9e3779b97f4a7c15)) >> 20) & set->mask;
+
+	while (set->keys[slot] && set->keys[slot] != index)
+		slot = (slot + 1) & set->mask;
+	return slot;
+}
+
+bool cluster_set_has(const struct cluster_set *set, uint64_t index)
+{
+	return set->keys && set->keys[set_slot(set, index)] == index;
+}
+
+void cluster_set_add(struct cluster_set *set, uint64_t index)
+{
+	if (!set->keys || set->count * 2 > set->mask) {
+		struct cluster_set bigger = { .mask = set->keys ? 2 * set->mask + 1 : 255 };
+
+		bigger.keys = calloc(bigger.mask + 1, sizeof(*bigger.keys));
+		if (!bigger.keys)
+			return; /* the set only guards against damaged images */
+		for (size_t i = 0; set->keys && i <= set->mask; i++)
+			if (set->keys[i])
+				bigger.keys[set_slot(&bigger, set->keys[i])] = set->keys[i];
+		bigger.count = set->count;
+		free(set->keys);
+		*set = bigger;
+	}
+	size_t slot = set_slot(set, index);
+	set->count += !set->keys[slot];
+	set->keys[slot] = index;
+}
+
+void cluster_set_remove(struct cluster_set *set, uint64_t index)
+{
+	if (!cluster_set_has(set, index))
+		return;
+	size_t slot = set_slot(set, index);
+	set->keys[slot] = 0;
+	set->count--;
+	/* Those behind it that had to step aside for it move up. */
+	for (slot = (slot + 1) & set->mask; set->keys[slot]; slot = (slot + 1) & set->mask) {
+		uint64_t key = set->keys[slot];
+
+		set->keys[slot] = 0;
+		set->keys[set_slot(set, key)] = key;
+	}
+}
+
+static bool in_table(const struct qcow *q, uint64_t index, uint64_t off, uint64_t len)
+{
+	uint64_t first = off >> q->cluster_bits;
+
+	return index >= first && index < first + ((len + q->cluster_size - 1) >> q->cluster_bits);
+}
+
+bool qcow_is_metadata(const struct qcow *q, uint64_t index)
+{
+	return !index || in_table(q, index, q->header.l1_off, q->header.l1_entry_count * UINT64_C(8)) ||
+		in_table(q, index, q->header.refcount_table_off,
+			(uint64_t)q->header.refcount_table_clusters << q->cluster_bits) ||
+		(q->header.snapshot_count && index == q->header.snapshots_off >> q->cluster_bits) ||
+		cluster_set_has(&q->metadata, index);
+}
+
+int freed_list_add(struct freed_list *list, uint64_t index, uint64_t count)
+{
+	struct freed *last = list->count ? &list->items[list->count - 1] : NULL;
+
+	if (last && last->index + last->count == index) {
+		last->count += count;
+		return 0;
+	}
+	if (list->count == list->capacity) {
+		size_t capacity = MAX((size_t)64, 2 * list->capacity);
+		void *items = realloc(list->items, capacity * sizeof(*list->items));
+
+		if (!items)
+			return -ENOMEM; /* these clusters leak: harmless, and found by a check */
+		list->items = items;
+		list->capacity = capacity;
+	}
+	list->items[list->count++] = (struct freed){ .index = index, .count = count };
+	return 0;
+}
+
+/* --- room in the file and in the tables ------------------------------------------------------- */
+
+/* Makes the file below long enough for clusters up to end_index. */
+static suspends int grow_file(struct qcow *q, uint64_t end_index)
+{
+	uint64_t needed = end_index << q->cluster_bits, size = blk_caps(q->blk.below)->size;
+	uint64_t step = MIN(MAX(size / 8, GROW_MIN_BYTES), GROW_MAX_BYTES);
+
+	if (needed <= size)
+		return 0;
+	if (needed >= QCOW_HOST_OFF_MAX)
+		return -EFBIG;
+	if (!q->below_grows)
+		return -ENOSPC;
+	return blk_resize(q->blk.below, round_up(MAX(needed, size + step), q->cluster_size), 0, NULL);
+}
+
+/* Counts clusters [index, index + count) for the first time; their refcount blocks exist. */
+static suspends int claim(struct qcow *q, uint64_t index, uint64_t count)
+{
+	int ret = grow_file(q, index + count);
+
+	if (!ret)
+		ret = qcow_refcount_add(q, index, count, 1);
+	if (ret)
+		return ret;
+	q->end_index = MAX(q->end_index, index + count);
+	q->fresh_index = MAX(q->fresh_index, index + count);
+	return 0;
+}
+
+/* A refcount block for `region`, at cluster index: in that region itself, or in one that has its block. */
+static suspends int create_refblock(struct qcow *q, uint64_t region, uint64_t index)
+{
+	uint64_t host_off = index << q->cluster_bits;
+	bool fresh = index >= q->fresh_index && q->below_grows;
+	int ret = grow_file(q, index + 1);
+
+	if (!ret && !fresh)
+		ret = blk_zero(q->blk.below, host_off, q->cluster_size, BLK_NO_HOLE);
+	if (ret)
+		return ret;
+	cache_forget(&q->refcount_cache, host_off, q->cluster_size);
+	q->refcount_table[region] = host_off;
+	ret = claim(q, index, 1);
+	if (ret) {
+		q->refcount_table[region] = 0;
+		return ret;
+	}
+	bitmap_set(q->refcount_table_dirty, region, 1);
+	q->refcount_table_any_dirty = true;
+	cluster_set_add(&q->metadata, index);
+	return 0;
+}
+
+/* --- a larger refcount table ------------------------------------------------------------------ */
+
+struct table_growth {
+	uint64_t first;	     /* cluster index where table and new blocks go */
+	uint64_t table_clusters, blocks;
+	uint64_t entry_count;
+};
+
+/* The new table covers at least half as much again, and `needed` clusters. */
+static struct table_growth plan_growth(const struct qcow *q, uint64_t needed)
+{
+	uint64_t per_cluster = q->cluster_size / 8, per_block = UINT64_C(1) << q->refblock_bits;
+	struct table_growth plan = { .first = (uint64_t)q->refcount_table_count << q->refblock_bits };
+	uint64_t total = 0, entries = 0;
+
+	do {
+		uint64_t last = region_of(q, MAX(needed, plan.first + total)) + 2;
+
+		plan.blocks = total / per_block + 1;
+		entries = MAX(q->refcount_table_count * UINT64_C(3) / 2, last);
+		plan.table_clusters = (entries + per_cluster - 1) / per_cluster;
+	} while (total < plan.table_clusters + plan.blocks &&
+		(total = plan.table_clusters + plan.blocks));
+	plan.entry_count = plan.table_clusters * per_cluster;
+	return plan;
+}
+
+/* Writes the blocks that count the new table and themselves, and the new table. */
+static suspends int write_grown_table(
+	struct qcow *q, const struct table_growth *plan, const uint64_t *table)
+{
+	uint64_t total = plan->table_clusters + plan->blocks;
+	uint64_t per_block = UINT64_C(1) << q->refblock_bits;
+	uint64_t table_len = plan->table_clusters << q->cluster_bits;
+	CLEANUP(free) uint8_t *buf = calloc(1, MAX(table_len, q->cluster_size));
+	int ret = buf ? 0 : -ENOMEM;
+
+	for (uint64_t block = 0; !ret && block < plan->blocks; block++) {
+		memset(buf, 0, q->cluster_size);
+		for (uint64_t i = 0; i < per_block && block * per_block + i < total; i++)
+			count_put(q, buf, i, 1);
+		ret = blk_write(q->blk.below,
+			(plan->first + plan->table_clusters + block) << q->cluster_bits, buf,
+			q->cluster_size, 0);
+	}
+	for (uint64_t i = 0; !ret && i < plan->entry_count; i++)
+		((be64 *)buf)[i] = be64_make(table[i]);
+	return ret ? ret :
+		     blk_write(q->blk.below, plan->first << q->cluster_bits, buf, table_len, 0);
+}
+
+/* Switches the header to the grown table. Holds commit_mutex: nothing of the old table is dirty. */
+static suspends int switch_table(struct qcow *q, const struct table_growth *plan, uint64_t *table)
+{
+	struct qcow_header old = q->header;
+	int ret = grow_file(q, plan->first + plan->table_clusters + plan->blocks);
+
+	if (!ret)
+		ret = write_grown_table(q, plan, table);
+	if (!ret)
+		ret = blk_flush(q->blk.below);
+	if (ret)
+		return ret;
+	q->header.refcount_table_off = plan->first << q->cluster_bits;
+	q->header.refcount_table_clusters = (uint32_t)plan->table_clusters;
+	ret = qcow_header_store(q);
+	if (!ret)
+		ret = blk_flush(q->blk.below);
+	if (ret) {
+		q->header.refcount_table_off = old.refcount_table_off;
+		q->header.refcount_table_clusters = old.refcount_table_clusters;
+		return ret;
+	}
+	freed_list_add(&q->committed, old.refcount_table_off >> q->cluster_bits,
+		old.refcount_table_clusters);
+	return 0;
+}
+
+/* Under alloc_mutex. Afterwards the table covers clusters up to `needed`. */
+static suspends int grow_table(struct qcow *q, uint64_t needed)
+{
+	struct table_growth plan = plan_growth(q, needed);
+	int ret;
+
+	if (plan.table_clusters << q->cluster_bits > QCOW_REFTABLE_LEN_MAX_BYTES)
+		return -EFBIG;
+	uint64_t *table = calloc(plan.entry_count, sizeof(*table));
+	uint64_t *dirty = calloc(bitmap_words(plan.entry_count), sizeof(*dirty));
+	if (!table || !dirty) {
+		free(table);
+		free(dirty);
+		return -ENOMEM;
+	}
+	co_mutex_lock(&q->commit_mutex);
+	ret = qcow_commit_locked(q); /* counts and table on disk are now what they are in memory */
+	memcpy(table, q->refcount_table, q->refcount_table_count * sizeof(*table));
+	for (uint64_t block = 0; block < plan.blocks; block++)
+		table[region_of(q, plan.first) + block] =
+			(plan.first + plan.table_clusters + block) << q->cluster_bits;
+	if (!ret)
+		ret = switch_table(q, &plan, table);
+	co_mutex_unlock(&q->commit_mutex);
+	if (ret) {
+		free(table);
+		free(dirty);
+		return ret;
+	}
+	free(q->refcount_table);
+	free(q->refcount_table_dirty);
+	q->refcount_table = table;
+	q->refcount_table_dirty = dirty;
+	q->refcount_table_count = (uint32_t)plan.entry_count;
+	for (uint64_t block = 0; block < plan.blocks; block++)
+		cluster_set_add(&q->metadata, plan.first + plan.table_clusters + block);
+	q->free_index = MIN(q->free_index, q->end_index);
+	q->end_index = plan.first + plan.table_clusters + plan.blocks;
+	q->fresh_index = MAX(q->fresh_index, q->end_index);
+	return 0;
+}
+
+/* --- allocation ------------------------------------------------------------------------------- */
+
+/* Looks in one slice, from free_index on, for up to want free clusters; *got 0: none, free_index moved on. */
+static suspends int search_slice(struct qcow *q, uint64_t want, uint64_t *index, uint64_t *got)
+{
+	uint64_t first = q->free_index % counts_per_slice(q);
+	uint64_t slice_end = q->free_index - first + counts_per_slice(q);
+	uint64_t end = MIN(slice_end, q->end_index);
+	struct slice *slice;
+
+	*got = 0;
+	if (!refblock_of(q, q->free_index)) {
+		/* A region without a block inside the image: leave it, the end is good enough. */
+		q->free_index = MIN((region_of(q, q->free_index) + 1) << q->refblock_bits, q->end_index);
+		return 0;
+	}
+	int ret = get_slice(q, q->free_index, &slice);
+	if (ret)
+		return ret;
+	while (q->free_index < end &&
+		count_get(q, slice->data, q->free_index % counts_per_slice(q)))
+		q->free_index++;
+	*index = q->free_index;
+	while (*got < want && *index + *got < end &&
+		!count_get(q, slice->data, (*index + *got) % counts_per_slice(q)))
+		++*got;
+	cache_put(&q->refcount_cache, slice);
+	return 0;
+}
+
+/* At the end of the image: makes the tables cover the place and returns where it is. */
+static suspends int prepare_end(struct qcow *q, uint64_t count, uint64_t *index)
+{
+	for (;;) {
+		uint64_t covered = (uint64_t)q->refcount_table_count << q->refblock_bits;
+		uint64_t region = region_of(q, q->end_index), last;
+		int ret = 0;
+
+		/* One cluster more per region: its block may have to go there too. */
+		last = q->end_index + count + region_of(q, count) + 2;
+		if (last > covered) {
+			ret = grow_table(q, last);
+			if (ret)
+				return ret;
+			continue;
+		}
+		last = region_of(q, q->end_index + count - 1);
+		while (region <= last && q->refcount_table[region])
+			region++;
+		if (region > last) {
+			*index = q->end_index;
+			return 0;
+		}
+		ret = create_refblock(q, region, q->end_index);
+		if (ret)
+			return ret;
+	}
+}
+
+static suspends int alloc_locked(
+	struct qcow *q, uint64_t want, bool search, uint64_t *index, uint64_t *got)
+{
+	int ret = 0;
+
+	*got = 0;
+	for (int i = 0; search && i < SEARCH_SLICES_MAX && q->free_index < q->end_index; i++) {
+		ret = search_slice(q, want, index, got);
+		if (ret || *got)
+			break;
+	}
+	if (!ret && !*got) {
+		ret = prepare_end(q, want, index);
+		*got = want;
+	}
+	return ret;
+}
+
+static suspends int alloc(
+	struct qcow *q, uint64_t want, bool search, uint64_t *host_off, uint64_t *got, bool *fresh)
+{
+	uint64_t index = 0;
+
+	co_mutex_lock(&q->alloc_mutex);
+	int ret = alloc_locked(q, want, search, &index, got);
+	if (!ret) {
+		*fresh = index >= q->fresh_index && q->below_grows;
+		ret = claim(q, index, *got);
+	}
+	if (!ret) {
+		if (q->free_index == index)
+			q->free_index = index + *got;
+		*host_off = index << q->cluster_bits;
+		q->stats.allocated += *got;
+	}
+	co_mutex_unlock(&q->alloc_mutex);
+	return ret;
+}
+
+suspends int qcow_alloc(
+	struct qcow *q, uint64_t want, uint64_t *host_off, uint64_t *got, bool *fresh)
+{
+	return alloc(q, want, true, host_off, got, fresh);
+}
+
+suspends int qcow_alloc_exactly(struct qcow *q, uint64_t count, uint64_t *host_off, bool *fresh)
+{
+	uint64_t got;
+
+	return alloc(q, count, count == 1, host_off, &got, fresh);
+}
+
+/* --- giving back ------------------------------------------------------------------------------ */
+
+suspends void qcow_free_unused(struct qcow *q, uint64_t host_off, uint64_t count)
+{
+	co_mutex_lock(&q->alloc_mutex);
+	if (!qcow_refcount_add(q, host_off >> q->cluster_bits, count, -1))
+		q->stats.freed += count;
+	co_mutex_unlock(&q->alloc_mutex);
+}
+
+void qcow_free_unlinked(struct qcow *q, uint64_t host_off, uint64_t count)
+{
+	freed_list_add(&q->unlinked, host_off >> q->cluster_bits, count);
+}
+
+void qcow_free_entry(struct qcow *q, const struct l2_entry *entry)
+{
+	if (entry->compressed) {
+		uint64_t first = entry->host_off >> q->cluster_bits;
+		uint64_t last = (entry->host_off + entry->compressed_len - 1) >> q->cluster_bits;
+
+		qcow_inflated_forget(q);
+		freed_list_add(&q->unlinked, first, last - first + 1);
+	} else if (entry->host_off && !q->data_file) {
+		qcow_free_unlinked(q, entry->host_off, 1);
+	}
+}
