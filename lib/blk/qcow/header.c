@@ -351,12 +351,11 @@ void qcow_header_fini(struct qcow_header *header)
 
 /* --- storing ---------------------------------------------------------------------------------- */
 
-suspends int qcow_header_store(struct qcow *q)
+suspends int qcow_header_write(struct blk *file, const struct qcow_header *header)
 {
-	const struct qcow_header *header = &q->header;
 	struct qcow_disk_header disk;
 	size_t len = header->version == 3 ? QCOW_HEADER_LEN_V3 : QCOW_HEADER_LEN_V2;
-	int ret = blk_read(q->blk.below, 0, &disk, len);
+	int ret = blk_read(file, 0, &disk, len);
 
 	if (ret)
 		return ret;
@@ -370,7 +369,12 @@ suspends int qcow_header_store(struct qcow *q)
 	disk.incompatible = be64_make(header->incompatible);
 	disk.compatible = be64_make(header->compatible);
 	disk.autoclear = be64_make(header->autoclear);
-	return blk_write(q->blk.below, 0, &disk, len, 0);
+	return blk_write(file, 0, &disk, len, 0);
+}
+
+suspends int qcow_header_store(struct qcow *q)
+{
+	return qcow_header_write(q->blk.below, &q->header);
 }
 
 suspends int qcow_begin_writing(struct qcow *q)

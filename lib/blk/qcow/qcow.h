@@ -183,7 +183,8 @@ void qcow_unpin(struct qcow *q, unsigned epoch); /* commit.c */
 
 suspends int qcow_header_load(struct blk *file, struct qcow_header *header, struct err *err);
 void qcow_header_fini(struct qcow_header *header);
-/* Rewrites the fixed fields in place (one write within the first sector or two), nothing else. */
+/* Rewrites the fixed fields in place (one write within the first sector), nothing else. */
+suspends int qcow_header_write(struct blk *file, const struct qcow_header *header);
 suspends int qcow_header_store(struct qcow *q);
 /* Before anything in the image changes for the first time: clears autoclear bits, sets the dirty bit when lazy. */
 suspends int qcow_begin_writing(struct qcow *q);
