@@ -10,7 +10,9 @@ SBINDIR  ?= $(PREFIX)/sbin
 BINDIR   ?= $(PREFIX)/bin
 MANDIR   ?= $(PREFIX)/share/man
 SYSCONFDIR ?= /etc
-UNITDIR  ?= /usr/lib/systemd/system
+SHAREDIR ?= $(PREFIX)/share/blkstack
+LIBDIR_SYSTEM ?= /usr/lib
+UNITDIR  ?= $(LIBDIR_SYSTEM)/systemd/system
 CC       ?= gcc
 PKG_CONFIG ?= pkg-config
 
@@ -122,6 +124,28 @@ format:
 
 clean:
 	rm -rf build build-*
+
+# Into DESTDIR: programs, manual pages, a config that is not overwritten, examples, units.
+MAN_PAGES := $(wildcard daemon/*.[18] daemon/*/*.[18] conf/*.5)
+SYSTEM_UNITS := $(wildcard systemd/*.service systemd/*.socket)
+
+install: all
+	$(call say,INST,$(DESTDIR)$(PREFIX))
+	$Qinstall -d $(DESTDIR)$(SBINDIR) $(DESTDIR)$(BINDIR) $(DESTDIR)$(SYSCONFDIR)/blkstack \
+		$(DESTDIR)$(SHAREDIR)/examples $(DESTDIR)$(UNITDIR) \
+		$(DESTDIR)$(LIBDIR_SYSTEM)/tmpfiles.d $(DESTDIR)$(LIBDIR_SYSTEM)/udev/rules.d
+	$Qinstall -m 755 $O/blkstackd $(DESTDIR)$(SBINDIR)/
+	$Qinstall -m 755 $(filter-out %/blkstackd,$(PROGRAMS)) $(DESTDIR)$(BINDIR)/
+	$Qinstall -m 644 conf/*.conf $(DESTDIR)$(SHAREDIR)/examples/
+	$Qtest -e $(DESTDIR)$(SYSCONFDIR)/blkstack/blkstack.conf || \
+		install -m 644 conf/full.conf $(DESTDIR)$(SYSCONFDIR)/blkstack/blkstack.conf
+	$Qfor page in $(MAN_PAGES); do \
+		install -D -m 644 $$page $(DESTDIR)$(MANDIR)/man$${page##*.}/$${page##*/} || exit; done
+	$Qfor unit in $(SYSTEM_UNITS); do \
+		sed 's|/usr/local/sbin/|$(SBINDIR)/|; s|/etc/blkstack/|$(SYSCONFDIR)/blkstack/|' $$unit \
+			> $(DESTDIR)$(UNITDIR)/$${unit##*/} || exit; done
+	$Qinstall -m 644 systemd/blkstack.tmpfiles $(DESTDIR)$(LIBDIR_SYSTEM)/tmpfiles.d/blkstack.conf
+	$Qinstall -m 644 systemd/99-blkstack.rules $(DESTDIR)$(LIBDIR_SYSTEM)/udev/rules.d/
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -4

@@ -52,7 +52,7 @@ static void signals_readable(struct watch *watch, uint32_t epoll_events)
 		} else if (daemon->stopping) {
 			log_info("stopping already; waiting for requests in flight");
 		} else {
-			log_info("%s: stopping", strsignal((int)info.ssi_signo));
+			log_info("SIG%s: stopping", sigabbrev_np((int)info.ssi_signo));
 			daemon_stop(daemon);
 		}
 	}
