@@ -89,8 +89,7 @@ static void log_change(const struct varlink_call *call, const char *what,
 	const struct ucred *peer = varlink_call_peer(call);
 
 	if (ret)
-		log_warning("export \"%s\": %s, asked for by uid %u, pid %d, failed: %s",
-			export->config->name, what, peer->uid, peer->pid, err->text);
+		log_warning("%s (asked for by uid %u, pid %d)", err->text, peer->uid, peer->pid);
 	else
 		log_info("export \"%s\": %s, asked for by uid %u, pid %d", export->config->name,
 			what, peer->uid, peer->pid);

@@ -1,0 +1,298 @@
+/*
+ * The commands of blkstackctl, and the table that the command line, --help and the usage come from.
+ *
+ * A command makes one call, as a rule, and shows its reply: as a table or a word for people, or whole
+ * with --json. A command that only changes something says nothing when it worked.
+ */
+#include <errno.h>
+#include <poll.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/pidfd.h>
+
+#include "base/cleanup.h"
+#include "base/units.h"
+#include "base/util.h"
+#include "daemon/ctl/ctl.h"
+
+/* Calls a method whose reply people need not see. */
+static enum ctl_exit call_quietly(struct ctl *ctl, const char *method, json_t *parameters)
+{
+	json_t *reply;
+	enum ctl_exit status = ctl_call(ctl, method, parameters, &reply);
+
+	if (!status && ctl->json)
+		show_json(reply);
+	json_decref(reply);
+	return status;
+}
+
+static enum ctl_exit parse_size(const char *text, uint64_t *size_bytes)
+{
+	struct err err;
+
+	if (units_parse_size(text, size_bytes, &err))
+		return ctl_fail(CTL_USAGE, "%s", err.text);
+	if (*size_bytes > INT64_MAX)
+		return ctl_fail(CTL_USAGE, "\"%s\" is more than a disk can have", text);
+	return CTL_OK;
+}
+
+/* --- looking ---------------------------------------------------------------------------------- */
+
+/* Calls a method that returns exports and shows them with show(), or all with --json. */
+static enum ctl_exit show_exports(struct ctl *ctl, const char *method, json_t *parameters,
+	void (*show)(const json_t *exports))
+{
+	json_t *reply;
+	enum ctl_exit status = ctl_call(ctl, method, parameters, &reply);
+
+	if (!status && ctl->json)
+		show_json(reply);
+	else if (!status)
+		show(json_object_get(reply, "exports"));
+	json_decref(reply);
+	return status;
+}
+
+static enum ctl_exit run_list(struct ctl *ctl, const char **operands, int operand_count)
+{
+	return show_exports(ctl, "List", NULL, show_list);
+}
+
+static enum ctl_exit run_status(struct ctl *ctl, const char **operands, int operand_count)
+{
+	json_t *parameters = operand_count ? json_pack("{s:s}", "export", operands[0]) : NULL;
+
+	return show_exports(ctl, "Status", parameters, show_statuses);
+}
+
+static enum ctl_exit run_version(struct ctl *ctl, const char **operands, int operand_count)
+{
+	json_t *info;
+
+	if (!ctl->json)
+		printf("blkstackctl %s\n", BLKSTACK_VERSION);
+	enum ctl_exit status = ctl_call(ctl, "Info", NULL, &info);
+	if (!status && ctl->json) {
+		json_object_set_new(info, "blkstackctl", json_string(BLKSTACK_VERSION));
+		show_json(info);
+	} else if (!status) {
+		printf("blkstackd %s, pid %lld, config %s, engine %s\n",
+			json_string_value(json_object_get(info, "version")),
+			(long long)json_integer_value(json_object_get(info, "pid")),
+			json_string_value(json_object_get(info, "config")),
+			json_string_value(json_object_get(info, "engine")));
+	}
+	json_decref(info);
+	return status;
+}
+
+/* --- changing --------------------------------------------------------------------------------- */
+
+static enum ctl_exit current_size(struct ctl *ctl, const char *name, uint64_t *size_bytes)
+{
+	json_t *reply, *export, *found = NULL;
+	enum ctl_exit status = ctl_call(ctl, "List", NULL, &reply);
+	size_t i;
+
+	if (status)
+		return status;
+	json_array_foreach(json_object_get(reply, "exports"), i, export)
+	{
+		const char *this_name = json_string_value(json_object_get(export, "name"));
+		if (this_name && !strcmp(this_name, name))
+			found = export;
+	}
+	*size_bytes = (uint64_t)json_integer_value(json_object_get(found, "size"));
+	json_decref(reply);
+	return found ? CTL_OK
+		     : ctl_fail(CTL_NO_SUCH_EXPORT,
+			       "there is no export \"%s\" (\"blkstackctl list\" shows those there "
+			       "are)",
+			       name);
+}
+
+/* "10G", or relative to the size now: "+1G", "-512M". */
+static enum ctl_exit parse_new_size(
+	struct ctl *ctl, const char *name, const char *text, uint64_t *size_bytes)
+{
+	char sign = *text == '+' || *text == '-' ? *text : 0;
+	uint64_t amount_bytes, now_bytes;
+	enum ctl_exit status = parse_size(text + (sign != 0), &amount_bytes);
+
+	if (!status && sign)
+		status = current_size(ctl, name, &now_bytes);
+	if (status)
+		return status;
+	if (!sign)
+		*size_bytes = amount_bytes;
+	else if (sign == '+')
+		*size_bytes = now_bytes + amount_bytes;
+	else if (amount_bytes < now_bytes)
+		*size_bytes = now_bytes - amount_bytes;
+	else
+		return ctl_fail(CTL_USAGE,
+			"export \"%s\" has %llu bytes, they cannot become %s less", name,
+			(unsigned long long)now_bytes, text + 1);
+	if (*size_bytes > INT64_MAX)
+		return ctl_fail(CTL_USAGE, "\"%s\" is more than a disk can have", text);
+	return CTL_OK;
+}
+
+static enum ctl_exit run_resize(struct ctl *ctl, const char **operands, int operand_count)
+{
+	char text[UNITS_SIZE_TEXT_LEN];
+	uint64_t size_bytes = 0;
+	json_t *reply;
+	enum ctl_exit status = parse_new_size(ctl, operands[0], operands[1], &size_bytes);
+
+	if (status)
+		return status;
+	status = ctl_call(ctl, "Resize",
+		json_pack("{s:s, s:I, s:b}", "export", operands[0], "size", (json_int_t)size_bytes,
+			"force", ctl->force),
+		&reply);
+	if (!status && ctl->json)
+		show_json(reply);
+	else if (!status)
+		printf("%s: %s\n", operands[0],
+			units_format_size(
+				(uint64_t)json_integer_value(json_object_get(reply, "size")),
+				text));
+	json_decref(reply);
+	return status;
+}
+
+static enum ctl_exit run_flush(struct ctl *ctl, const char **operands, int operand_count)
+{
+	return call_quietly(ctl, "Flush", json_pack("{s:s}", "export", operands[0]));
+}
+
+static enum ctl_exit run_discard(struct ctl *ctl, const char **operands, int operand_count)
+{
+	uint64_t off, len_bytes;
+	enum ctl_exit status;
+
+	if (operand_count == 2)
+		return ctl_fail(CTL_USAGE, "discard: an offset goes with a length");
+	if (operand_count == 1 && !ctl->force)
+		return ctl_fail(CTL_USAGE,
+			"discard: without a range, all that is on \"%s\" is lost: --force if you "
+			"mean it",
+			operands[0]);
+	if (operand_count == 1)
+		return call_quietly(ctl, "Discard", json_pack("{s:s}", "export", operands[0]));
+	status = parse_size(operands[1], &off);
+	if (!status)
+		status = parse_size(operands[2], &len_bytes);
+	if (status)
+		return status;
+	return call_quietly(ctl, "Discard",
+		json_pack("{s:s, s:I, s:I}", "export", operands[0], "offset", (json_int_t)off,
+			"length", (json_int_t)len_bytes));
+}
+
+static enum ctl_exit run_attach(struct ctl *ctl, const char **operands, int operand_count)
+{
+	json_t *reply;
+	enum ctl_exit status = ctl_call(ctl, "Attach",
+		json_pack("{s:s, s:s*}", "export", operands[0], "device",
+			operand_count > 1 ? operands[1] : NULL),
+		&reply);
+
+	if (!status && ctl->json)
+		show_json(reply);
+	else if (!status)
+		printf("%s\n", json_string_value(json_object_get(reply, "device")));
+	json_decref(reply);
+	return status;
+}
+
+static enum ctl_exit run_detach(struct ctl *ctl, const char **operands, int operand_count)
+{
+	return call_quietly(
+		ctl, "Detach", json_pack("{s:s, s:b}", "export", operands[0], "force", ctl->force));
+}
+
+/* Also waits for the end of the process, where its pid means something to us. */
+static enum ctl_exit run_shutdown(struct ctl *ctl, const char **operands, int operand_count)
+{
+	json_t *info;
+	enum ctl_exit status = ctl_call(ctl, "Info", NULL, &info);
+
+	if (status)
+		return status;
+	pid_t pid = (pid_t)json_integer_value(json_object_get(info, "pid"));
+	json_decref(info);
+	CLEANUP(fd) int process = pidfd_open(pid, 0);
+	status = call_quietly(ctl, "Shutdown", NULL);
+	if (status)
+		return status;
+	ctl_close(ctl);
+	struct pollfd poll_fd = { .fd = process, .events = POLLIN };
+	while (process >= 0 && poll(&poll_fd, 1, -1) < 0 && errno == EINTR)
+		;
+	return CTL_OK;
+}
+
+static enum ctl_exit run_call(struct ctl *ctl, const char **operands, int operand_count)
+{
+	json_error_t json_error;
+	json_t *parameters = NULL, *reply;
+	bool continues = true;
+
+	if (operand_count > 1) {
+		parameters = json_loads(operands[1], JSON_REJECT_DUPLICATES, &json_error);
+		if (!json_is_object(parameters)) {
+			json_decref(parameters);
+			return ctl_fail(CTL_USAGE, "call: the parameters are no JSON object: %s",
+				parameters ? "expected {...}" : json_error.text);
+		}
+	}
+	enum ctl_exit status = ctl_send(ctl, operands[0], parameters, ctl->more);
+	while (!status && continues) {
+		status = ctl_receive(ctl, &reply, &continues);
+		if (!status)
+			show_json(reply);
+		json_decref(reply);
+	}
+	return status;
+}
+
+const struct ctl_command ctl_commands[] = {
+	{ "list", "", 0, 0, 0, "list the exports", NULL, run_list },
+	{ "status", "[EXPORT]", 0, 1, 0, "show layers, counters and doors of one export or all",
+		NULL, run_status },
+	{ "resize", "EXPORT SIZE", 2, 2, CTL_FORCE, "change the size of an export in use",
+		"SIZE is in bytes or like 512M, 10G; +1G and -1G are relative to the size now.\n"
+		"The kernel device follows at once, NBD clients see it when they connect anew.\n"
+		"To shrink needs --force: what lies beyond the new size is lost.\n",
+		run_resize },
+	{ "flush", "EXPORT", 1, 1, 0, "make everything written so far durable", NULL, run_flush },
+	{ "discard", "EXPORT [OFFSET LENGTH]", 1, 3, CTL_FORCE,
+		"give space back: the range reads as zeroes then",
+		"OFFSET and LENGTH are in bytes or like 512M, 10G. Without them everything on the "
+		"export\n"
+		"is discarded, which needs --force.\n",
+		run_discard },
+	{ "attach", "EXPORT [DEVICE]", 1, 2, 0, "attach a kernel device and print its name",
+		"DEVICE is /dev/nbdN or auto, by default what the config file says. Returns when "
+		"the device\n"
+		"and its partitions are ready to use.\n",
+		run_attach },
+	{ "detach", "EXPORT", 1, 1, CTL_FORCE, "detach the kernel device",
+		"Refuses while the device is mounted, held or open, and says by whom. With --force "
+		"its users\n"
+		"get errors from then on.\n",
+		run_detach },
+	{ "shutdown", "", 0, 0, 0, "end the daemon, and wait until it has ended", NULL,
+		run_shutdown },
+	{ "call", "METHOD [JSON]", 1, 2, CTL_MORE, "call any method of the control interface",
+		"METHOD without dots is one of org.blkstack. JSON is an object of parameters.\n"
+		"With --more, replies are printed as the work goes on, where the method has any.\n",
+		run_call },
+	{ "version", "", 0, 0, 0, "show the versions of this command and of the daemon", NULL,
+		run_version },
+	{},
+};

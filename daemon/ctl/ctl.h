@@ -1,0 +1,75 @@
+/*
+ * blkstackctl: what its files share. Blocking code, one call at a time.
+ *
+ *	main.c		the command line
+ *	client.c	the connection to the daemon, calls and their errors
+ *	commands.c	one function per command
+ *	show.c		tables for people
+ */
+#pragma once
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include <jansson.h>
+
+#define CTL_DEFAULT_SOCKET "/run/blkstack/control"
+
+/* Exit statuses, as the manual page tells them. */
+enum ctl_exit {
+	CTL_OK = 0,
+	CTL_FAILED = 1,
+	CTL_USAGE = 2,
+	CTL_NO_DAEMON = 3,
+	CTL_NOT_PERMITTED = 4,
+	CTL_NO_SUCH_EXPORT = 5,
+	CTL_BUSY = 6,
+};
+
+struct ctl {
+	const struct ctl_command *command;
+	const char *socket_path;
+	bool json, force, more; /* options */
+	int fd;                 /* -1 until the first call */
+	char *buffer;           /* received, not yet looked at */
+	size_t used_bytes, size_bytes;
+};
+
+enum ctl_option { CTL_FORCE = 1 << 0, CTL_MORE = 1 << 1 };
+
+struct ctl_command {
+	const char *name;
+	const char *operands; /* as in the usage line */
+	int min_operands, max_operands;
+	unsigned options; /* enum ctl_option, besides those that every command has */
+	const char *summary;
+	const char *help; /* NULL: the summary says all */
+	enum ctl_exit (*run)(struct ctl *ctl, const char **operands, int operand_count);
+};
+
+/* commands.c; ended by a row without a name. */
+extern const struct ctl_command ctl_commands[];
+
+/* "blkstackctl: message" to standard error; returns status, so that callers can `return ctl_fail(...)`. */
+enum ctl_exit ctl_fail(enum ctl_exit status, const char *fmt, ...)
+	__attribute__((format(printf, 2, 3)));
+
+/* --- client.c --------------------------------------------------------------------------------- */
+
+/*
+ * Calls a method of org.blkstack, or one named in full. Takes over parameters (NULL: none). What went
+ * wrong was said on standard error already. *reply, a new reference, is NULL on failure.
+ */
+enum ctl_exit ctl_call(struct ctl *ctl, const char *method, json_t *parameters, json_t **reply);
+
+/* The same in two steps, for calls with several replies: *continues tells whether there is another one. */
+enum ctl_exit ctl_send(struct ctl *ctl, const char *method, json_t *parameters, bool more);
+enum ctl_exit ctl_receive(struct ctl *ctl, json_t **reply, bool *continues);
+
+void ctl_close(struct ctl *ctl);
+
+/* --- show.c ----------------------------------------------------------------------------------- */
+
+void show_json(const json_t *value);
+void show_list(const json_t *exports);     /* array of Export */
+void show_statuses(const json_t *exports); /* array of Status */
