@@ -291,7 +291,7 @@ static suspends int attach(struct export *export, const char *device, struct err
 	struct kernel_opts opts = {
 		.nbd = &export->nbd,
 		.device = device           ? device
-			  : config->device ? config->device
+			  : *config->device ? config->device
 					   : "auto",
 		.size_bytes = export->size,
 		.block_size = kernel_block_size(export),
