@@ -221,6 +221,14 @@ static void mark_allocated(struct memory_disk *disk, uint64_t off, uint64_t end)
 	}
 }
 
+/* A daemon with a kernel device locks its memory: only the second form, of Linux 5.18, gives that back. */
+static bool give_back(void *data, size_t len_bytes)
+{
+	return getpagesize() <= (int)BLOCK &&
+	       (!madvise(data, len_bytes, MADV_DONTNEED) ||
+		       !madvise(data, len_bytes, MADV_DONTNEED_LOCKED));
+}
+
 /* Every block of [off, end) has memory: frees those that lie within whole, zeroes the edges. */
 static void drop_run(struct memory_disk *disk, uint64_t off, uint64_t end)
 {
@@ -234,8 +242,8 @@ static void drop_run(struct memory_disk *disk, uint64_t off, uint64_t end)
 	memset(disk->data + off, 0, first - off);
 	if (last < end)
 		memset(disk->data + last, 0, end - last);
-	/* Refused for locked memory, and too coarse with large pages: then the invariant costs the memory. */
-	if (getpagesize() > (int)BLOCK || madvise(disk->data + first, last - first, MADV_DONTNEED))
+	/* Too coarse with large pages, refused by old kernels: then the invariant costs the memory. */
+	if (!give_back(disk->data + first, last - first))
 		memset(disk->data + first, 0, last - first);
 	bitmap_clear(disk->bitmap, first / BLOCK, (last - first) / BLOCK);
 	disk->allocated_blocks -= (last - first) / BLOCK;
