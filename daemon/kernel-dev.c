@@ -466,6 +466,38 @@ static bool wait_until_ended(struct kernel_dev *dev)
 	return ended;
 }
 
+/* The file system mounted on it first (the ioctl does, but tells no errors), then its own cache. */
+static int write_back_fd(int fd)
+{
+	ioctl(fd, BLKFLSBUF, 0);
+	return fsync(fd) ? -errno : 0;
+}
+
+static int write_back_partition(const char *partition, void *arg)
+{
+	int *first_error = arg;
+	char path[KERNEL_NAME_LEN + 8];
+
+	snprintf(path, sizeof(path), "/dev/%.*s", KERNEL_NAME_LEN - 1, partition);
+
+	CLEANUP(fd) int fd = open(path, O_RDONLY | O_CLOEXEC);
+	int ret = fd < 0 ? -errno : write_back_fd(fd);
+
+	if (ret && !*first_error)
+		*first_error = ret;
+	return 0;
+}
+
+/* All of it, whatever fails; the first error. */
+static int write_back(const struct kernel_dev *dev)
+{
+	int first_error = 0, ret;
+
+	kernel_sysfs_partitions(dev->name, write_back_partition, &first_error);
+	ret = write_back_fd(dev->fd);
+	return first_error ? first_error : ret;
+}
+
 int kernel_dev_release(struct kernel_dev *dev, bool force, struct err *err)
 {
 	char path[KERNEL_NAME_LEN + 8];
@@ -484,11 +516,10 @@ int kernel_dev_release(struct kernel_dev *dev, bool force, struct err *err)
 	ret = force ? 0 : check_unused(dev, exclusive, err);
 	if (ret)
 		return err_wrap(err, "%s is in use", path);
-	/* A mounted file system first (the ioctl does, but tells no errors), then the device's own cache. */
-	ioctl(dev->fd, BLKFLSBUF, 0);
-	if (fsync(dev->fd) && !force)
+	ret = write_back(dev);
+	if (ret && !force)
 		return err_sys(
-			err, errno, "%s stays attached: its cache cannot be written back", path);
+			err, -ret, "%s stays attached: its cache cannot be written back", path);
 	if (ioctl(dev->fd, NBD_DISCONNECT, 0))
 		return err_sys(err, errno, "%s: NBD_DISCONNECT", path);
 	if (wait_until_ended(dev))
