@@ -126,6 +126,7 @@ clean:
 	rm -rf build build-*
 
 # Into DESTDIR: programs, manual pages, a config that is not overwritten, examples, units.
+COMPLETIONDIR ?= $(PREFIX)/share/bash-completion/completions
 MAN_PAGES := $(wildcard daemon/*.[18] daemon/*/*.[18] conf/*.5)
 SYSTEM_UNITS := $(wildcard systemd/*.service systemd/*.socket)
 
@@ -144,6 +145,7 @@ install: all
 	$Qfor unit in $(SYSTEM_UNITS); do \
 		sed 's|/usr/local/sbin/|$(SBINDIR)/|; s|/etc/blkstack/|$(SYSCONFDIR)/blkstack/|' $$unit \
 			> $(DESTDIR)$(UNITDIR)/$${unit##*/} || exit; done
+	$Qinstall -D -m 644 daemon/ctl/blkstackctl.bash $(DESTDIR)$(COMPLETIONDIR)/blkstackctl
 	$Qinstall -m 644 systemd/blkstack.tmpfiles $(DESTDIR)$(LIBDIR_SYSTEM)/tmpfiles.d/blkstack.conf
 	$Qinstall -m 644 systemd/99-blkstack.rules $(DESTDIR)$(LIBDIR_SYSTEM)/udev/rules.d/
 

@@ -1,0 +1,47 @@
+# Completion of blkstackctl for bash: commands, options, names of exports and of devices.
+# shellcheck shell=bash
+
+_blkstackctl() {
+	local word=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD - 1]}
+	local commands="list status resize flush discard attach detach shutdown call version"
+	local socket=() operands=() i
+
+	# What stands on the line already: the command, its operands, and another socket.
+	for ((i = 1; i < COMP_CWORD; i++)); do
+		case ${COMP_WORDS[i]} in
+		-s | --socket) socket=(--socket "${COMP_WORDS[++i]}") ;;
+		--socket=*) socket=("${COMP_WORDS[i]}") ;;
+		-[a-zA-Z-]*) ;;
+		*) operands+=("${COMP_WORDS[i]}") ;;
+		esac
+	done
+
+	local candidates=""
+	case $previous in
+	-s | --socket)
+		mapfile -t COMPREPLY < <(compgen -f -- "$word")
+		return
+		;;
+	esac
+	if [[ $word == -* ]]; then
+		candidates="--socket --json --help"
+		case ${operands[0]:-} in
+		resize | discard | detach) candidates+=" --force" ;;
+		call) candidates+=" --more" ;;
+		"") candidates+=" --version" ;;
+		esac
+	elif ((${#operands[@]} == 0)); then
+		candidates=$commands
+	elif ((${#operands[@]} == 1)); then
+		case ${operands[0]} in
+		status | resize | flush | discard | attach | detach)
+			candidates=$(blkstackctl "${socket[@]}" list 2>/dev/null | awk 'NR > 1 { print $1 }')
+			;;
+		call) candidates="Info List Status Resize Flush Discard Attach Detach Shutdown" ;;
+		esac
+	elif ((${#operands[@]} == 2)) && [[ ${operands[0]} == attach ]]; then
+		candidates="auto $(compgen -G '/dev/nbd*')"
+	fi
+	mapfile -t COMPREPLY < <(compgen -W "$candidates" -- "$word")
+}
+complete -F _blkstackctl blkstackctl
