@@ -1,5 +1,5 @@
 /*
- * How blk.c and its parts call the ops of a layer. Private to them.
+ * How blk.c and its parts call the ops of a layer. Private to them (and to tests with layers of their own).
  *
  * A missing op of a layer with a child passes the call on; that of a leaf is -EOPNOTSUPP, but flush,
  * which has nothing to do then. A leaf has read, and write unless it is read-only.
@@ -65,3 +65,10 @@ suspends int blk_clear(
 /* blk_extents() behind its checks; extents.c. */
 suspends int blk_extents_within(
 	struct blk *blk, uint64_t off, uint64_t len, struct blk_extents *extents);
+
+/*
+ * Opens a layer on top of *top (NULL for a leaf), which it owns from then on, and makes it *top; stack.c.
+ * On an error *top stays as it is. err is not NULL.
+ */
+suspends int blk_open_layer(const struct blk_ops *ops, const struct conf *group,
+	struct blk_env *env, bool read_only, struct blk **top, struct err *err);

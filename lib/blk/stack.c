@@ -18,6 +18,7 @@
 #include "base/units.h"
 #include "base/util.h"
 #include "blk/blk.h"
+#include "blk/call.h"
 #include "blk/memory.h"
 
 #define MEM_ALIGN_MAX 4096U /* what buffers of buf.h have */
@@ -180,9 +181,9 @@ int stack_check(const struct conf *list, struct err *err)
 
 /* --- opening ---------------------------------------------------------------------------------- */
 
-static struct blk *blk_create(const struct conf *group, struct blk_env *env, struct blk *below)
+static struct blk *blk_create(
+	const struct blk_ops *ops, const struct conf *group, struct blk_env *env, struct blk *below)
 {
-	const struct blk_ops *ops = find_ops(group, NULL);
 	struct blk *blk = calloc(1, ops->struct_size);
 
 	if (!blk)
@@ -233,9 +234,10 @@ static int settle_caps(struct blk *blk, bool read_only, struct err *err)
 	return 0;
 }
 
-/* What is below stays open. Also for a layer whose open() failed. */
+/* What is below stays open. Also for a layer whose open() failed. Drained for good: nobody comes after. */
 static suspends void close_layer(struct blk *blk)
 {
+	co_mutex_lock(&blk->resizing);
 	while (blk->drained)
 		co_queue_wait(&blk->undrained);
 	blk_drain_begin(blk);
@@ -249,11 +251,10 @@ static suspends void close_layer(struct blk *blk)
 	free(blk);
 }
 
-/* Opens the layer on top of *top, and makes it the top. */
-static suspends int open_layer(const struct conf *group, struct blk_env *env, bool read_only,
-	struct blk **top, struct err *err)
+suspends int blk_open_layer(const struct blk_ops *ops, const struct conf *group,
+	struct blk_env *env, bool read_only, struct blk **top, struct err *err)
 {
-	struct blk *blk = blk_create(group, env, *top);
+	struct blk *blk = blk_create(ops, group, env, *top);
 
 	if (!blk)
 		return err_set(err, ENOMEM, "out of memory");
@@ -292,8 +293,10 @@ suspends int stack_open(const struct conf *list, struct blk_env *env, bool read_
 	for (size_t i = list->item_count; i--;) {
 		const struct conf *group = list->items[i];
 
-		if (open_layer(group, env, read_only, &blk, err) < 0) {
-			layer_error(find_ops(group, NULL), group, err);
+		const struct blk_ops *ops = find_ops(group, err);
+
+		if (blk_open_layer(ops, group, env, read_only, &blk, err) < 0) {
+			layer_error(ops, group, err);
 			stack_close(blk);
 			return -err->code;
 		}
