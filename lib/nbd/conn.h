@@ -57,7 +57,6 @@ struct nbd_conn {
 	size_t pos, fill; /* chunk->data[pos..fill) is received and not yet used */
 	bool batching;
 	bool between_requests; /* the receiver waits for the first byte of a request */
-	bool chunk_was_filled; /* by the last receive: there is more */
 	bool stopping;         /* no more requests, please */
 
 	/* requests */

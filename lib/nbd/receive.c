@@ -143,14 +143,11 @@ static suspends ssize_t receive_some(struct nbd_conn *conn)
 	size_t space = NBD_CHUNK_DATA_BYTES - conn->fill;
 
 	pause_batch(conn);
-	if (conn->chunk_was_filled)
-		co_yield (); /* the others have waited for this client long enough */
 	ssize_t got = stream_recv(
 		&conn->stream, conn->chunk->data + conn->fill, space, NO_DEADLINE);
 	conn->batching = true;
 	if (conn->error)
 		return conn->error;
-	conn->chunk_was_filled = got == (ssize_t)space;
 	if (got > 0)
 		conn->fill += (size_t)got;
 	return got;
