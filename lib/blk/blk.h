@@ -59,6 +59,7 @@ struct blk_caps {
 	bool fua;           /* write/zero/discard ops honour BLK_FUA; else blk.c adds a flush */
 	bool zero_fast;     /* zero is faster than writing zeroes */
 	bool discard;       /* discard gives space back */
+	bool grows;         /* a resize to more works, and what is added reads as zeroes */
 	bool multi_reactor; /* ops may be called from several reactors at once */
 };
 
@@ -275,6 +276,7 @@ struct blk {
 	struct co_queue undrained; /* who waits for it to be over */
 	struct range_lock
 		writes; /* writes in flight, where block_size > 1: see blk.c on read-modify-write */
+	struct conf *own_conf; /* made by the layer for its children; freed after they are closed */
 	struct list extra_children; /* stacks opened by blk_open_child() */
 	struct list extra_link;
 };

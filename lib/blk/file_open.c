@@ -293,6 +293,7 @@ static void set_caps(struct file_layer *file, const struct stat *st)
 	caps->fua = true;
 	caps->zero_fast = makes_holes;
 	caps->discard = makes_holes;
+	caps->grows = !file->is_device;
 	file->can_punch = file->can_zero_range = true;
 	file->can_seek = !file->is_device;
 }

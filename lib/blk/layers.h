@@ -10,3 +10,4 @@ extern const struct blk_ops file_ops;
 extern const struct blk_ops memory_ops;
 extern const struct blk_ops null_ops;
 extern const struct blk_ops padded_ops;
+extern const struct blk_ops qcow_ops;

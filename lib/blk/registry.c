@@ -10,6 +10,7 @@
 const struct blk_ops *const blk_layers[] = {
 	&file_ops,
 	&memory_ops,
+	&qcow_ops,
 	&padded_ops,
 	&null_ops,
 	&fault_ops,

@@ -248,6 +248,7 @@ static suspends void close_layer(struct blk *blk)
 		stack_close(list_entry(item, struct blk, extra_link));
 	if (blk->below)
 		blk->below->parent = NULL;
+	conf_free(blk->own_conf);
 	free(blk);
 }
 

@@ -64,12 +64,14 @@ static size_t sectors_dirty(const uint64_t *dirty_bits, size_t entry_count)
 
 static void add_item(struct commit *c, struct phase *phase, uint64_t host_off, uint32_t len)
 {
-	phase->items[phase->count++] =
-		(struct item){ .host_off = host_off, .data = c->arena_next, .len = len };
+	phase->items[phase->count++] = (struct item){
+		.host_off = host_off, .data = c->arena_next, .len = len
+	};
 	c->arena_next += len;
 }
 
-static void add_slice(struct commit *c, struct phase *phase, struct cache *cache, struct slice *slice)
+static void add_slice(
+	struct commit *c, struct phase *phase, struct cache *cache, struct slice *slice)
 {
 	memcpy(c->arena_next, slice->data, cache->slice_size);
 	add_item(c, phase, slice->host_off, cache->slice_size);
@@ -115,9 +117,9 @@ static int collect(struct qcow *q, struct commit *c)
 	size_t l1_words = bitmap_words(q->l1_capacity);
 	size_t table_words = bitmap_words(q->refcount_table_count);
 	size_t l1_sectors = q->l1_any_dirty ? sectors_dirty(q->l1_dirty, q->l1_capacity) : 0;
-	size_t table_sectors = q->refcount_table_any_dirty ?
-		sectors_dirty(q->refcount_table_dirty, q->refcount_table_count) :
-		0;
+	size_t table_sectors = q->refcount_table_any_dirty ? sectors_dirty(q->refcount_table_dirty,
+								     q->refcount_table_count)
+							   : 0;
 	size_t slices = l2_count + refcount_count;
 	size_t item_count = slices + l1_sectors + table_sectors;
 
@@ -126,8 +128,8 @@ static int collect(struct qcow *q, struct commit *c)
 	c->slices = calloc(slices + 1, sizeof(*c->slices));
 	c->l1_dirty = calloc(l1_words + table_words + 1, sizeof(*c->l1_dirty));
 	c->arena = malloc(l2_count * q->l2_cache.slice_size +
-		refcount_count * q->refcount_cache.slice_size +
-		(l1_sectors + table_sectors) * SECTOR_BYTES + 1);
+			  refcount_count * q->refcount_cache.slice_size +
+			  (l1_sectors + table_sectors) * SECTOR_BYTES + 1);
 	if (!c->items || !c->slices || !c->l1_dirty || !c->arena)
 		return -ENOMEM;
 	c->refcount_table_dirty = c->l1_dirty + l1_words;
@@ -325,7 +327,7 @@ bool qcow_metadata_dirty(const struct qcow *q)
 {
 	/* A commit under way has taken its changes already, but they are not durable. */
 	return q->l2_cache.dirty_count || q->refcount_cache.dirty_count || q->l1_any_dirty ||
-		q->refcount_table_any_dirty || q->unlinked.count || q->commit_mutex.locked;
+	       q->refcount_table_any_dirty || q->unlinked.count || q->commit_mutex.locked;
 }
 
 suspends int qcow_commit_locked(struct qcow *q)
@@ -421,7 +423,7 @@ void qcow_commit_later(struct qcow *q)
 {
 	if (q->commit_timer.heap_index == TIMER_IDLE && !q->closing)
 		timer_arm(&q->commit_timer,
-			reactor_now_ns() + q->opt_commit_interval_ms * NS_PER_MS);
+			reactor_now_ns() + (uint64_t)q->opt_commit_interval_s * NS_PER_SEC);
 }
 
 suspends int qcow_settle(struct qcow *q)

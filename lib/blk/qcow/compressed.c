@@ -69,8 +69,8 @@ static void inflate_run(void *arg)
 {
 	struct inflate_job *job = arg;
 
-	job->result = job->q->header.compression == QCOW_COMPRESSION_ZSTD ? inflate_zstd(job) :
-									      inflate_zlib(job);
+	job->result = job->q->header.compression == QCOW_COMPRESSION_ZSTD ? inflate_zstd(job)
+									  : inflate_zlib(job);
 }
 
 static struct inflated *get_inflated(struct qcow *q)
@@ -110,8 +110,8 @@ static suspends int load_cluster(
 	return job.result;
 }
 
-suspends int qcow_read_compressed(
-	struct qcow *q, const struct l2_entry *entry, uint64_t off_in_cluster, void *buf, size_t len)
+suspends int qcow_read_compressed(struct qcow *q, const struct l2_entry *entry,
+	uint64_t off_in_cluster, void *buf, size_t len)
 {
 	struct inflated *inflated = get_inflated(q);
 	int ret = 0;

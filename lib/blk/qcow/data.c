@@ -108,11 +108,12 @@ static suspends bool reads_zero(struct qcow *q, uint64_t off, uint64_t len)
 
 /* A write into host clusters whose mapping is about to change. */
 struct placement {
-	uint64_t guest_off, len;	/* the data */
+	uint64_t guest_off, len; /* the data */
 	const uint8_t *buf;
-	uint64_t fill_off, fill_end;	/* guest range that must be right in the host, around the data */
-	uint64_t host_off;		/* where fill_off goes */
-	bool fresh;			/* the host range reads as zeroes */
+	uint64_t fill_off,
+		fill_end;  /* guest range that must be right in the host, around the data */
+	uint64_t host_off; /* where fill_off goes */
+	bool fresh;        /* the host range reads as zeroes */
 };
 
 static suspends int write_in_pieces(struct qcow *q, const struct placement *p)
@@ -139,7 +140,8 @@ static suspends int write_in_pieces(struct qcow *q, const struct placement *p)
 
 static suspends int write_bounced(struct qcow *q, const struct placement *p)
 {
-	size_t total = (size_t)(p->fill_end - p->fill_off), head = (size_t)(p->guest_off - p->fill_off);
+	size_t total = (size_t)(p->fill_end - p->fill_off),
+	       head = (size_t)(p->guest_off - p->fill_off);
 	uint64_t tail_off = p->guest_off + p->len;
 	uint8_t *bounce = buf_get(total);
 
@@ -198,8 +200,8 @@ static bool has_own_cluster(const struct qcow *q, const struct l2_entry *entry)
 }
 
 /* The write into one cluster that we have already, or that lies at a given place in the data file. */
-static suspends int write_own_cluster(struct qcow *q, uint64_t off, const uint8_t *buf, uint64_t len,
-	struct slice *slice, uint8_t *raw)
+static suspends int write_own_cluster(struct qcow *q, uint64_t off, const uint8_t *buf,
+	uint64_t len, struct slice *slice, uint8_t *raw)
 {
 	uint64_t cluster_off = qcow_cluster_start(q, off);
 	uint64_t subcluster_size = UINT64_C(1) << q->subcluster_bits;
@@ -238,22 +240,22 @@ static void set_fill_range(const struct qcow *q, struct placement *p, const stru
 {
 	uint64_t end = p->guest_off + p->len, subcluster_size = UINT64_C(1) << q->subcluster_bits;
 
-	p->fill_off = keeps_rest(q, first) ? qcow_cluster_start(q, p->guest_off) :
-					     round_down(p->guest_off, subcluster_size);
-	p->fill_end = keeps_rest(q, last) ? round_up(end, q->cluster_size) :
-					    round_up(end, subcluster_size);
+	p->fill_off = keeps_rest(q, first) ? qcow_cluster_start(q, p->guest_off)
+					   : round_down(p->guest_off, subcluster_size);
+	p->fill_end = keeps_rest(q, last) ? round_up(end, q->cluster_size)
+					  : round_up(end, subcluster_size);
 }
 
 /* Points the entries of `count` clusters to the new host clusters and gives the old ones back. */
-static void link_clusters(struct qcow *q, const struct placement *p, uint64_t host_off,
-	uint64_t count, uint8_t *raw)
+static void link_clusters(
+	struct qcow *q, const struct placement *p, uint64_t host_off, uint64_t count, uint8_t *raw)
 {
 	uint64_t cluster_off = qcow_cluster_start(q, p->guest_off);
 
 	for (uint64_t i = 0; i < count; i++, raw += q->entry_size, cluster_off += q->cluster_size) {
 		struct l2_entry old = qcow_entry_decode(q, raw), new = { 0 };
-		uint32_t touched =
-			touched_subclusters(q, cluster_off, p->guest_off, p->guest_off + p->len);
+		uint32_t touched = touched_subclusters(
+			q, cluster_off, p->guest_off, p->guest_off + p->len);
 
 		new.host_off = host_off + i * q->cluster_size;
 		new.copied = true;
@@ -325,8 +327,8 @@ static suspends int write_mapping(
 	const char *fault = qcow_entry_fault(q, &entry, off);
 	if (fault) {
 		cache_put(&q->l2_cache, slice);
-		return qcow_mark_corrupt(q, "L2 entry for guest offset %llu: %s",
-			(unsigned long long)off, fault);
+		return qcow_mark_corrupt(
+			q, "L2 entry for guest offset %llu: %s", (unsigned long long)off, fault);
 	}
 	if (q->data_file || has_own_cluster(q, &entry)) {
 		*done = MIN(len, q->cluster_size - in_cluster);
@@ -344,8 +346,8 @@ static suspends int write_exclusively(
 	uint64_t start = qcow_cluster_start(q, off);
 	struct range range;
 
-	range_lock_acquire(&q->writes, &range, start,
-		round_up(off + len, q->cluster_size) - start, true);
+	range_lock_acquire(
+		&q->writes, &range, start, round_up(off + len, q->cluster_size) - start, true);
 	/* Whoever was before us may have allocated it: then it goes in place after all. */
 	struct run run;
 	int ret = qcow_map(q, off, len, &run);

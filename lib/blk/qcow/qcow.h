@@ -10,6 +10,8 @@
  *	zero.c		zero and discard
  *	compressed.c	compressed clusters
  *	commit.c	the order in which metadata reaches the disk
+ *	resize.c	other sizes
+ *	backing.c	the files an image refers to
  *	snapshot.c check.c compact.c	what their names say
  *
  * How an image stays sound (the format's rules are kept at every instant, for any subset of unflushed
@@ -54,7 +56,8 @@ struct qcow_header {
 
 /* A part of a table, as it is on disk (big-endian). */
 struct slice {
-	struct list link; /* in cache->lru while clean and unused, oldest first; or in cache->dirty */
+	struct list
+		link; /* in cache->lru while clean and unused, oldest first; or in cache->dirty */
 	struct slice *hash_next;
 	uint64_t host_off;
 	uint8_t *data;
@@ -101,9 +104,9 @@ struct qcow {
 
 	/* options */
 	const struct conf *backing_conf, *data_file_conf, *allow_backing_conf;
-	bool opt_lazy_refcounts, opt_discard, opt_no_backing;
+	bool opt_lazy_refcounts, opt_discard;
 	uint64_t opt_cache_size;
-	uint64_t opt_commit_interval_ms;
+	int64_t opt_commit_interval_s;
 
 	struct qcow_header header;
 	struct blk *backing; /* NULL: what is not mapped reads as zeroes */
@@ -138,7 +141,7 @@ struct qcow {
 	uint64_t free_index;      /* no free cluster lies below */
 	uint64_t fresh_index; /* clusters from here on were never written: they read as zeroes */
 	uint64_t end_index;   /* clusters from here on were never allocated */
-	bool below_grows; /* blk_resize() of below works: clusters beyond its end are zero */
+	bool below_grows;     /* blk_resize() of below works: clusters beyond its end are zero */
 
 	/* requests */
 	struct range_lock writes;
@@ -314,3 +317,9 @@ void qcow_commit_later(struct qcow *q);
 bool qcow_metadata_dirty(const struct qcow *q);
 /* Waits until everything that is unlinked is free (commits first). For close, shrink, compaction. */
 suspends int qcow_settle(struct qcow *q);
+
+/* --- resize.c, backing.c ---------------------------------------------------------------------- */
+
+suspends int qcow_resize(struct blk *blk, uint64_t size, unsigned flags, struct err *err);
+suspends int qcow_open_backing(struct qcow *q, struct err *err);
+suspends int qcow_open_data_file(struct qcow *q, struct err *err);

@@ -39,7 +39,7 @@ static uint64_t count_get(const struct qcow *q, const uint8_t *data, uint64_t i)
 		unsigned per_byte = 8 / q->refcount_bits;
 
 		return data[i / per_byte] >> (i % per_byte * q->refcount_bits) &
-			((1U << q->refcount_bits) - 1);
+		       ((1U << q->refcount_bits) - 1);
 	}
 	for (unsigned byte = 0, width = q->refcount_bits / 8; byte < width; byte++)
 		value = value << 8 | data[i * width + byte];
@@ -53,7 +53,8 @@ static void count_put(const struct qcow *q, uint8_t *data, uint64_t i, uint64_t 
 		unsigned shift = (unsigned)(i % per_byte) * q->refcount_bits;
 		unsigned mask = ((1U << q->refcount_bits) - 1) << shift;
 
-		data[i / per_byte] = (uint8_t)((data[i / per_byte] & ~mask) | (unsigned)value << shift);
+		data[i / per_byte] = (uint8_t)((data[i / per_byte] & ~mask) | (unsigned)value
+										      << shift);
 		return;
 	}
 	for (unsigned width = q->refcount_bits / 8, byte = width; byte-- > 0; value >>= 8)
@@ -80,8 +81,8 @@ static uint64_t refblock_of(const struct qcow *q, uint64_t index)
 {
 	uint64_t region = region_of(q, index);
 
-	return region < q->refcount_table_count ? q->refcount_table[region] & QCOW_REFTABLE_OFF_MASK :
-						  0;
+	return region < q->refcount_table_count ? q->refcount_table[region] & QCOW_REFTABLE_OFF_MASK
+						: 0;
 }
 
 static suspends int get_slice(struct qcow *q, uint64_t index, struct slice **slice)
@@ -224,11 +225,12 @@ static bool in_table(const struct qcow *q, uint64_t index, uint64_t off, uint64_
 
 bool qcow_is_metadata(const struct qcow *q, uint64_t index)
 {
-	return !index || in_table(q, index, q->header.l1_off, q->header.l1_entry_count * UINT64_C(8)) ||
-		in_table(q, index, q->header.refcount_table_off,
-			(uint64_t)q->header.refcount_table_clusters << q->cluster_bits) ||
-		(q->header.snapshot_count && index == q->header.snapshots_off >> q->cluster_bits) ||
-		cluster_set_has(&q->metadata, index);
+	return !index ||
+	       in_table(q, index, q->header.l1_off, q->header.l1_entry_count * UINT64_C(8)) ||
+	       in_table(q, index, q->header.refcount_table_off,
+		       (uint64_t)q->header.refcount_table_clusters << q->cluster_bits) ||
+	       (q->header.snapshot_count && index == q->header.snapshots_off >> q->cluster_bits) ||
+	       cluster_set_has(&q->metadata, index);
 }
 
 int freed_list_add(struct freed_list *list, uint64_t index, uint64_t count)
@@ -266,7 +268,8 @@ static suspends int grow_file(struct qcow *q, uint64_t end_index)
 		return -EFBIG;
 	if (!q->below_grows)
 		return -ENOSPC;
-	return blk_resize(q->blk.below, round_up(MAX(needed, size + step), q->cluster_size), 0, NULL);
+	return blk_resize(
+		q->blk.below, round_up(MAX(needed, size + step), q->cluster_size), 0, NULL);
 }
 
 /* Counts clusters [index, index + count) for the first time; their refcount blocks exist. */
@@ -310,7 +313,7 @@ static suspends int create_refblock(struct qcow *q, uint64_t region, uint64_t in
 /* --- a larger refcount table ------------------------------------------------------------------ */
 
 struct table_growth {
-	uint64_t first;	     /* cluster index where table and new blocks go */
+	uint64_t first; /* cluster index where table and new blocks go */
 	uint64_t table_clusters, blocks;
 	uint64_t entry_count;
 };
@@ -319,7 +322,8 @@ struct table_growth {
 static struct table_growth plan_growth(const struct qcow *q, uint64_t needed)
 {
 	uint64_t per_cluster = q->cluster_size / 8, per_block = UINT64_C(1) << q->refblock_bits;
-	struct table_growth plan = { .first = (uint64_t)q->refcount_table_count << q->refblock_bits };
+	struct table_growth plan = { .first = (uint64_t)q->refcount_table_count
+					      << q->refblock_bits };
 	uint64_t total = 0, entries = 0;
 
 	do {
@@ -329,7 +333,7 @@ static struct table_growth plan_growth(const struct qcow *q, uint64_t needed)
 		entries = MAX(q->refcount_table_count * UINT64_C(3) / 2, last);
 		plan.table_clusters = (entries + per_cluster - 1) / per_cluster;
 	} while (total < plan.table_clusters + plan.blocks &&
-		(total = plan.table_clusters + plan.blocks));
+		 (total = plan.table_clusters + plan.blocks));
 	plan.entry_count = plan.table_clusters * per_cluster;
 	return plan;
 }
@@ -354,8 +358,8 @@ static suspends int write_grown_table(
 	}
 	for (uint64_t i = 0; !ret && i < plan->entry_count; i++)
 		((be64 *)buf)[i] = be64_make(table[i]);
-	return ret ? ret :
-		     blk_write(q->blk.below, plan->first << q->cluster_bits, buf, table_len, 0);
+	return ret ? ret
+		   : blk_write(q->blk.below, plan->first << q->cluster_bits, buf, table_len, 0);
 }
 
 /* Switches the header to the grown table. Holds commit_mutex: nothing of the old table is dirty. */
@@ -404,8 +408,8 @@ static suspends int grow_table(struct qcow *q, uint64_t needed)
 	ret = qcow_commit_locked(q); /* counts and table on disk are now what they are in memory */
 	memcpy(table, q->refcount_table, q->refcount_table_count * sizeof(*table));
 	for (uint64_t block = 0; block < plan.blocks; block++)
-		table[region_of(q, plan.first) + block] =
-			(plan.first + plan.table_clusters + block) << q->cluster_bits;
+		table[region_of(q, plan.first) + block] = (plan.first + plan.table_clusters + block)
+							  << q->cluster_bits;
 	if (!ret)
 		ret = switch_table(q, &plan, table);
 	co_mutex_unlock(&q->commit_mutex);
@@ -440,7 +444,8 @@ static suspends int search_slice(struct qcow *q, uint64_t want, uint64_t *index,
 	*got = 0;
 	if (!refblock_of(q, q->free_index)) {
 		/* A region without a block inside the image: leave it, the end is good enough. */
-		q->free_index = MIN((region_of(q, q->free_index) + 1) << q->refblock_bits, q->end_index);
+		q->free_index = MIN(
+			(region_of(q, q->free_index) + 1) << q->refblock_bits, q->end_index);
 		return 0;
 	}
 	int ret = get_slice(q, q->free_index, &slice);

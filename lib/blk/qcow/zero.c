@@ -15,7 +15,7 @@
 static const uint8_t zeroes[64 * 1024];
 
 struct zeroing {
-	bool unmap;	/* give host clusters back */
+	bool unmap;     /* give host clusters back */
 	bool zero_flag; /* entries must say zero: there is a backing, or the cluster stays allocated */
 };
 
@@ -28,7 +28,8 @@ static struct l2_entry zeroed_entry(
 	if (old->compressed)
 		memset(&new, 0, sizeof(new)); /* only ever whole */
 	new.alloc_bits &= ~mask;
-	new.zero_bits = z->zero_flag || new.alloc_bits ? new.zero_bits | mask : new.zero_bits & ~mask;
+	new.zero_bits = z->zero_flag || new.alloc_bits ? new.zero_bits | mask
+						       : new.zero_bits & ~mask;
 	if (!new.alloc_bits && (z->unmap || !new.copied) && !q->data_file) {
 		new.host_off = 0;
 		new.copied = false;
@@ -44,8 +45,8 @@ static bool zero_entry(struct qcow *q, uint8_t *raw, uint32_t mask, const struct
 	struct l2_entry old = qcow_entry_decode(q, raw);
 	struct l2_entry new = zeroed_entry(q, &old, mask, z);
 
-	if (!old.compressed && old.host_off == new.host_off && old.alloc_bits == new.alloc_bits &&
-		old.zero_bits == new.zero_bits)
+	if (!old.compressed && old.host_off == new.host_off &&old.alloc_bits ==
+				       new.alloc_bits &&old.zero_bits == new.zero_bits)
 		return false;
 	qcow_entry_encode(q, &new, raw);
 	if (old.compressed || (old.host_off && !new.host_off))
@@ -54,7 +55,8 @@ static bool zero_entry(struct qcow *q, uint8_t *raw, uint32_t mask, const struct
 }
 
 /* Can the subclusters in mask be zeroed in the entry alone? */
-static bool entry_allows(const struct qcow *q, const struct l2_entry *entry, uint32_t mask, bool keep)
+static bool entry_allows(
+	const struct qcow *q, const struct l2_entry *entry, uint32_t mask, bool keep)
 {
 	bool whole = mask == (q->subclusters == 32 ? UINT32_MAX : 1);
 
@@ -147,7 +149,7 @@ static suspends int zero_mapped(
 {
 	while (off < end) {
 		uint64_t slice_end = qcow_cluster_start(q, off) +
-			qcow_clusters_in_slice(q, off) * q->cluster_size;
+				     qcow_clusters_in_slice(q, off) * q->cluster_size;
 		uint64_t part_end = MIN(end, slice_end), done_end;
 		uint64_t start = qcow_cluster_start(q, off);
 		struct range range;
@@ -180,15 +182,16 @@ static suspends int zero_mapped(
 	return 0;
 }
 
-static suspends int zero_range(struct qcow *q, uint64_t off, uint64_t len, unsigned flags, bool unmap)
+static suspends int zero_range(
+	struct qcow *q, uint64_t off, uint64_t len, unsigned flags, bool unmap)
 {
 	uint64_t subcluster_size = UINT64_C(1) << q->subcluster_bits, end = off + len;
 	bool keep = flags & BLK_NO_HOLE && !q->data_file;
 	struct zeroing z = { .unmap = unmap && !keep, .zero_flag = q->backing || keep };
 	/* The last cluster of the disk counts as whole. */
 	uint64_t first = round_up(off, subcluster_size);
-	uint64_t last = end == q->blk.caps.size ? round_up(end, subcluster_size) :
-						  round_down(end, subcluster_size);
+	uint64_t last = end == q->blk.caps.size ? round_up(end, subcluster_size)
+						: round_down(end, subcluster_size);
 	int ret;
 
 	if (q->header.version == 2 && (z.zero_flag || !z.unmap))
@@ -211,8 +214,8 @@ static suspends int zero_or_discard(
 	if (ret)
 		return ret;
 	if (q->raw_data_file) /* the data file alone must tell the truth */
-		return unmap ? blk_discard(q->data, off, len, flags) :
-			       blk_zero(q->data, off, len, flags);
+		return unmap ? blk_discard(q->data, off, len, flags)
+			     : blk_zero(q->data, off, len, flags);
 	unsigned pin = qcow_pin(q);
 	ret = zero_range(q, off, len, flags, unmap);
 	qcow_unpin(q, pin);

@@ -1,0 +1,198 @@
+/*
+ * Resize of a qcow2 disk. Called drained: no request is under way.
+ *
+ * Growing: an L1 table with room gets more entries; one without moves to new clusters. Size and L1
+ * table change with one store of the header, after the new table is durable. Where a backing is longer
+ * than the old disk, the new part is zeroed first: what lay hidden there must not appear.
+ *
+ * Shrinking: what lies beyond is discarded, and that is made durable, before the size changes. So it reads
+ * as zeroes if the disk grows again, and a crash in between only loses what was to be lost.
+ */
+#include "blk/qcow/qcow.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/cleanup.h"
+
+static uint64_t l1_entries_for(const struct qcow *q, uint64_t size)
+{
+	unsigned span_bits = q->cluster_bits + q->l2_bits;
+
+	return (size >> span_bits) + !!(size & ((UINT64_C(1) << span_bits) - 1));
+}
+
+/* Writes q->l1 as it is to host_off, zeroes behind it up to the end of its clusters. */
+static suspends int write_l1_copy(struct qcow *q, uint64_t host_off, uint64_t entry_count)
+{
+	size_t len = (size_t)round_up(entry_count * 8, q->cluster_size);
+	CLEANUP(free) be64 *copy = calloc(1, len);
+
+	if (!copy)
+		return -ENOMEM;
+	for (size_t i = 0; i < q->header.l1_entry_count; i++)
+		copy[i] = be64_make(q->l1[i]);
+	for (size_t at = 0, step; at < len; at += step) {
+		step = MIN(len - at, (size_t)BLK_REQUEST_MAX);
+		int ret = blk_write(q->blk.below, host_off + at, (uint8_t *)copy + at, step, 0);
+
+		if (ret)
+			return ret;
+	}
+	return 0;
+}
+
+static int extend_l1_in_memory(struct qcow *q, uint32_t capacity)
+{
+	uint64_t *l1 = calloc(MAX(capacity, 1U), sizeof(*l1));
+	uint64_t *dirty = calloc(bitmap_words(capacity) + 1, sizeof(*dirty));
+
+	if (!l1 || !dirty) {
+		free(l1);
+		free(dirty);
+		return -ENOMEM;
+	}
+	memcpy(l1, q->l1, q->header.l1_entry_count * sizeof(*l1));
+	free(q->l1);
+	free(q->l1_dirty);
+	q->l1 = l1;
+	q->l1_dirty = dirty;
+	q->l1_capacity = capacity;
+	return 0;
+}
+
+/* Stores a header with another size and L1 table, durably; on failure the old one stays. */
+static suspends int store_geometry(
+	struct qcow *q, uint64_t size, uint64_t l1_off, uint32_t l1_entry_count)
+{
+	struct qcow_header old = q->header;
+
+	q->header.size = size;
+	q->header.l1_off = l1_off;
+	q->header.l1_entry_count = l1_entry_count;
+	int ret = qcow_header_store(q);
+	if (!ret)
+		ret = blk_flush(q->blk.below);
+	if (ret) {
+		q->header.size = old.size;
+		q->header.l1_off = old.l1_off;
+		q->header.l1_entry_count = old.l1_entry_count;
+	}
+	return ret;
+}
+
+/* Moves the L1 table to where it has room for entry_count. Nothing of it is dirty. */
+static suspends int move_l1(struct qcow *q, uint64_t size, uint64_t entry_count)
+{
+	uint64_t clusters = round_up(entry_count * 8, q->cluster_size) >> q->cluster_bits;
+	uint64_t old_off = q->header.l1_off, new_off;
+	uint64_t old_clusters = round_up(q->l1_capacity * UINT64_C(8), q->cluster_size) >>
+				q->cluster_bits;
+	bool fresh;
+	int ret = qcow_alloc_exactly(q, clusters, &new_off, &fresh);
+
+	if (ret)
+		return ret;
+	ret = write_l1_copy(q, new_off, entry_count);
+	if (!ret)
+		ret = qcow_commit(
+			q); /* the new clusters' counts are durable before the header points there */
+	if (!ret)
+		ret = extend_l1_in_memory(q, (uint32_t)(clusters * (q->cluster_size / 8)));
+	if (!ret)
+		ret = store_geometry(q, size, new_off, (uint32_t)entry_count);
+	if (ret) {
+		qcow_free_unused(q, new_off, clusters);
+		return ret;
+	}
+	if (old_off)
+		qcow_free_unlinked(q, old_off, old_clusters);
+	return qcow_commit(q);
+}
+
+/* The table has the room; entries that come into use must be zero on disk. */
+static suspends int extend_l1(struct qcow *q, uint64_t size, uint64_t entry_count)
+{
+	uint32_t old_count = q->header.l1_entry_count;
+	int ret = 0;
+
+	if (entry_count > old_count) {
+		ret = blk_zero(q->blk.below, q->header.l1_off + old_count * UINT64_C(8),
+			(entry_count - old_count) * 8, BLK_NO_HOLE);
+		if (!ret)
+			ret = blk_flush(q->blk.below);
+	}
+	return ret ? ret
+		   : store_geometry(
+			     q, size, q->header.l1_off, (uint32_t)MAX(entry_count, old_count));
+}
+
+/* Makes what a longer backing has in [from, to) invisible, durably. */
+static suspends int hide_backing(struct qcow *q, uint64_t from, uint64_t to)
+{
+	uint64_t backing_size = q->backing ? blk_caps(q->backing)->size : 0;
+
+	if (backing_size <= from)
+		return 0;
+	int ret = qcow_zero(&q->blk, from, MIN(to, backing_size) - from, 0);
+	return ret ? ret : qcow_commit(q);
+}
+
+static suspends int grow(struct qcow *q, uint64_t size)
+{
+	uint64_t entry_count = l1_entries_for(q, size), old_size = q->header.size;
+	int ret = qcow_commit(q);
+
+	if (!ret && entry_count > q->l1_capacity)
+		ret = move_l1(q, old_size, entry_count);
+	else if (!ret)
+		ret = extend_l1(q, old_size, entry_count);
+	if (!ret)
+		ret = hide_backing(q, old_size, size);
+	if (!ret)
+		ret = store_geometry(q, size, q->header.l1_off, q->header.l1_entry_count);
+	if (!ret)
+		blk_size_changed(&q->blk, size);
+	return ret;
+}
+
+static suspends int shrink(struct qcow *q, uint64_t size)
+{
+	int ret = qcow_discard(&q->blk, size, q->header.size - size, 0);
+
+	if (ret == -EOPNOTSUPP)
+		ret = qcow_zero(&q->blk, size, q->header.size - size, 0);
+	if (!ret)
+		ret = qcow_settle(q);
+	if (!ret)
+		ret = store_geometry(q, size, q->header.l1_off, q->header.l1_entry_count);
+	if (!ret)
+		blk_size_changed(&q->blk, size);
+	return ret;
+}
+
+suspends int qcow_resize(struct blk *blk, uint64_t size, unsigned flags, struct err *err)
+{
+	struct qcow *q = qcow_of(blk);
+	uint64_t entries = l1_entries_for(q, size);
+	int ret;
+
+	if (q->data_file)
+		return err_set(err, ENOTSUP,
+			"an image with an external data file is resized offline: blkstack-img "
+			"resize");
+	if (entries * 8 > QCOW_L1_LEN_MAX_BYTES)
+		return err_set(err, EFBIG, "%llu bytes need an L1 table beyond the format's limit",
+			(unsigned long long)size);
+	if (size % 512)
+		return err_set(err, EINVAL, "the size of a qcow2 disk is a multiple of 512");
+	ret = qcow_begin_writing(q);
+	if (!ret && size > q->header.size && q->backing &&
+		blk_caps(q->backing)->size > q->header.size && q->header.version == 2)
+		return err_set(err, ENOTSUP,
+			"the backing is longer than the disk, and version 2 cannot hide it");
+	if (!ret)
+		ret = size > q->header.size ? grow(q, size) : shrink(q, size);
+	return ret ? err_sys(err, -ret, "cannot change the size of the disk") : 0;
+}
