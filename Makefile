@@ -125,7 +125,7 @@ format:
 clean:
 	rm -rf build build-*
 
-# Into DESTDIR: programs, manual pages, a config that is not overwritten, examples, units.
+# Into DESTDIR: programs, manual pages, example configs, units. The config itself is the administrator's.
 COMPLETIONDIR ?= $(PREFIX)/share/bash-completion/completions
 MAN_PAGES := $(wildcard daemon/*.[18] daemon/*/*.[18] conf/*.5)
 SYSTEM_UNITS := $(wildcard systemd/*.service systemd/*.socket)
@@ -136,10 +136,9 @@ install: all
 		$(DESTDIR)$(SHAREDIR)/examples $(DESTDIR)$(UNITDIR) \
 		$(DESTDIR)$(LIBDIR_SYSTEM)/tmpfiles.d $(DESTDIR)$(LIBDIR_SYSTEM)/udev/rules.d
 	$Qinstall -m 755 $O/blkstackd $(DESTDIR)$(SBINDIR)/
-	$Qinstall -m 755 $(filter-out %/blkstackd,$(PROGRAMS)) $(DESTDIR)$(BINDIR)/
+	$Qfor program in $(filter-out %/blkstackd,$(PROGRAMS)); do \
+		install -m 755 $$program $(DESTDIR)$(BINDIR)/ || exit; done
 	$Qinstall -m 644 conf/*.conf $(DESTDIR)$(SHAREDIR)/examples/
-	$Qtest -e $(DESTDIR)$(SYSCONFDIR)/blkstack/blkstack.conf || \
-		install -m 644 conf/full.conf $(DESTDIR)$(SYSCONFDIR)/blkstack/blkstack.conf
 	$Qfor page in $(MAN_PAGES); do \
 		install -D -m 644 $$page $(DESTDIR)$(MANDIR)/man$${page##*.}/$${page##*/} || exit; done
 	$Qfor unit in $(SYSTEM_UNITS); do \

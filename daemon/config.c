@@ -109,13 +109,19 @@ struct place {
 	const char *export; /* what the setting is part of: `export "db"`, or NULL */
 };
 
+/* Line 0 is the file as a whole. */
 static char *place_text(const struct place *place, unsigned line)
 {
 	const struct config_line *from = config_text_place(place->text, line);
 	char *where;
-	int len = place->export
-			  ? asprintf(&where, "%s:%u: %s", from->file, from->number, place->export)
-			  : asprintf(&where, "%s:%u", from->file, from->number);
+	int len;
+
+	if (!line)
+		len = asprintf(&where, "%s", place->text->files[0]);
+	else if (place->export)
+		len = asprintf(&where, "%s:%u: %s", from->file, from->number, place->export);
+	else
+		len = asprintf(&where, "%s:%u", from->file, from->number);
 	if (len < 0)
 		abort();
 	return where;
@@ -392,7 +398,7 @@ static int check_twins(
 	for (const struct config_export *other = config->exports; other < export; other++) {
 		if (!strcmp(other->name, export->name))
 			return conf_error(conf_get(export->conf, "name"), err,
-				"the name is taken by the export at %s", other->conf->where);
+				"the name is taken already (%s)", other->conf->where);
 		if (*export->device && strcmp(export->device, "auto") &&
 			!strcmp(export->device, other->device))
 			return conf_error(conf_get(export->conf, "device"), err,

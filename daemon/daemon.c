@@ -123,19 +123,28 @@ static void end_reactors(struct daemon *daemon)
 
 /* --- start ------------------------------------------------------------------------------------ */
 
+static suspends int start_export(
+	struct daemon *daemon, const struct config_export *config, struct err *err)
+{
+	struct export *export;
+	int ret = export_start(daemon, config, &export, err);
+
+	if (ret || !*config->device)
+		return ret;
+	ret = export_attach(export, NULL, err);
+	if (ret)
+		err_place(err, conf_get(config->conf, "device")->where);
+	return ret;
+}
+
 static suspends int start_exports(struct daemon *daemon, struct err *err)
 {
 	const struct config *config = daemon->config;
+	int ret = 0;
 
-	for (size_t i = 0; i < config->export_count && !daemon->stopping; i++) {
-		struct export *export;
-		int ret = export_start(daemon, &config->exports[i], &export, err);
-		if (!ret && *config->exports[i].device)
-			ret = export_attach(export, NULL, err);
-		if (ret)
-			return ret;
-	}
-	return 0;
+	for (size_t i = 0; i < config->export_count && !ret && !daemon->stopping; i++)
+		ret = start_export(daemon, &config->exports[i], err);
+	return ret;
 }
 
 static suspends int start(struct daemon *daemon, struct err *err)

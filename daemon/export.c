@@ -290,27 +290,27 @@ static suspends int attach(struct export *export, const char *device, struct err
 	const struct config_export *config = export->config;
 	struct kernel_opts opts = {
 		.nbd = &export->nbd,
-		.device = device           ? device
+		.device = device            ? device
 			  : *config->device ? config->device
-					   : "auto",
+					    : "auto",
 		.size_bytes = export->size,
 		.block_size = kernel_block_size(export),
 		.timeout_s = (uint32_t)config->device_timeout_s,
 	};
 
 	if (export->kernel)
-		return err_set(err, EALREADY, "export \"%s\" is attached to %s already",
-			config->name, kernel_device(export->kernel));
+		return err_set(
+			err, EALREADY, "attached to %s already", kernel_device(export->kernel));
 	if (!is_aligned(opts.size_bytes, opts.block_size))
 		return err_set(err, EINVAL,
-			"export \"%s\": its size of %" PRIu64
-			" bytes is no multiple of the kernel device's block size, %u; a layer "
+			"the size, %" PRIu64
+			" bytes, is no multiple of the kernel device's block size, %u; a layer "
 			"\"padded\" on top makes it one",
-			config->name, opts.size_bytes, opts.block_size);
+			opts.size_bytes, opts.block_size);
 	int ret = kernel_attach(&opts, &export->kernel, err);
 	if (ret) {
 		export->kernel = NULL;
-		return err_wrap(err, "export \"%s\"", config->name);
+		return ret;
 	}
 	export->kernel_size = opts.size_bytes;
 	log_info("export \"%s\": attached to %s", config->name, kernel_device(export->kernel));
@@ -331,11 +331,10 @@ suspends int export_attach(struct export *export, const char *device, struct err
 static suspends int detach(struct export *export, bool force, struct err *err)
 {
 	if (!export->kernel)
-		return err_set(err, ENOENT, "export \"%s\" is not attached to a kernel device",
-			export->config->name);
+		return err_set(err, ENOENT, "not attached to a kernel device");
 	int ret = kernel_detach(export->kernel, force, err);
 	if (ret)
-		return err_wrap(err, "export \"%s\"", export->config->name);
+		return ret;
 	export->kernel = NULL;
 	log_info("export \"%s\": detached from the kernel", export->config->name);
 	return 0;
@@ -359,9 +358,10 @@ static suspends void detach_for_good(struct export *export)
 
 	if (!export->kernel || !detach(export, false, &err))
 		return;
-	log_error("%s; detaching it all the same, since the daemon stops", err.text);
+	log_error("export \"%s\": %s; detaching it all the same, since the daemon stops",
+		export->config->name, err.text);
 	if (detach(export, true, &err))
-		log_error("%s", err.text);
+		log_error("export \"%s\": %s", export->config->name, err.text);
 }
 
 /* --- starting and stopping -------------------------------------------------------------------- */

@@ -137,10 +137,11 @@ static int open_or_create(struct file_layer *file, struct err *err)
 
 	if (result == -ENOENT && file->create)
 		result = create(file, err);
-	if (result == -EEXIST)
-		result = open_existing(file, err);
+	if (result != -EEXIST)
+		return result;
+	result = open_existing(file, err);
 	/* Only a link to nothing is both there and not. */
-	if (result == -ENOENT && file->create)
+	if (result == -ENOENT)
 		return err_set(
 			err, ENOENT, "\"%s\" is a symbolic link that leads to nothing", file->path);
 	return result;
