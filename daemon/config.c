@@ -336,6 +336,9 @@ static int take_settings(struct config *config, const struct settings *settings,
 			root, "listen-group", settings->listen_group, &config->listen_gid, err);
 	if (!ret && *settings->control)
 		ret = check_address(conf_get(root, "control"), settings->control, err);
+	if (!ret && !strncmp(settings->control, "tcp:", 4))
+		ret = conf_error(conf_get(root, "control"), err,
+			"control: \"%s\": only a unix socket tells who calls", settings->control);
 	if (!ret)
 		ret = take_listen(config, settings->listen, err);
 	config_set_control(config, settings->control);

@@ -259,8 +259,8 @@ suspends static bool permit(struct varlink_call *call)
 		varlink_call_peer_in_group(call, config->control_gid))
 		return true;
 	snprintf(text, sizeof(text),
-		"uid %u may look but not change anything: only root may, and the user "
-		"and the group that the config file names",
+		"uid %u may look but not change anything: only root may, and those whom "
+		"control-user and control-group in the config file name",
 		uid);
 	log_warning("control: refused %s to uid %u, pid %d", varlink_call_method(call), uid,
 		varlink_call_peer(call)->pid);

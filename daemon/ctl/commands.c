@@ -140,9 +140,19 @@ static enum ctl_exit parse_new_size(
 	return CTL_OK;
 }
 
-static enum ctl_exit run_resize(struct ctl *ctl, const char **operands, int operand_count)
+/* "db: 10 GiB", with the bytes where that is rounded. */
+static void show_size(const char *name, uint64_t size_bytes)
 {
 	char text[UNITS_SIZE_TEXT_LEN];
+
+	printf("%s: %s", name, units_format_size(size_bytes, text));
+	if (strchr(text, '.'))
+		printf(" (%llu bytes)", (unsigned long long)size_bytes);
+	putchar('\n');
+}
+
+static enum ctl_exit run_resize(struct ctl *ctl, const char **operands, int operand_count)
+{
 	uint64_t size_bytes = 0;
 	json_t *reply;
 	enum ctl_exit status = parse_new_size(ctl, operands[0], operands[1], &size_bytes);
@@ -156,10 +166,8 @@ static enum ctl_exit run_resize(struct ctl *ctl, const char **operands, int oper
 	if (!status && ctl->json)
 		show_json(reply);
 	else if (!status)
-		printf("%s: %s\n", operands[0],
-			units_format_size(
-				(uint64_t)json_integer_value(json_object_get(reply, "size")),
-				text));
+		show_size(
+			operands[0], (uint64_t)json_integer_value(json_object_get(reply, "size")));
 	json_decref(reply);
 	return status;
 }
@@ -262,8 +270,7 @@ static enum ctl_exit run_call(struct ctl *ctl, const char **operands, int operan
 
 const struct ctl_command ctl_commands[] = {
 	{ "list", "", 0, 0, 0, "list the exports", NULL, run_list },
-	{ "status", "[EXPORT]", 0, 1, 0, "show layers, counters and doors of one export or all",
-		NULL, run_status },
+	{ "status", "[EXPORT]", 0, 1, 0, "show layers, counters and doors", NULL, run_status },
 	{ "resize", "EXPORT SIZE", 2, 2, CTL_FORCE, "change the size of an export in use",
 		"SIZE is in bytes or like 512M, 10G; +1G and -1G are relative to the size now.\n"
 		"The kernel device follows at once, NBD clients see it when they connect anew.\n"
@@ -271,7 +278,7 @@ const struct ctl_command ctl_commands[] = {
 		run_resize },
 	{ "flush", "EXPORT", 1, 1, 0, "make everything written so far durable", NULL, run_flush },
 	{ "discard", "EXPORT [OFFSET LENGTH]", 1, 3, CTL_FORCE,
-		"give space back: the range reads as zeroes then",
+		"give space back; reads as zeroes then",
 		"OFFSET and LENGTH are in bytes or like 512M, 10G. Without them everything on the "
 		"export\n"
 		"is discarded, which needs --force.\n",
@@ -292,7 +299,6 @@ const struct ctl_command ctl_commands[] = {
 		"METHOD without dots is one of org.blkstack. JSON is an object of parameters.\n"
 		"With --more, replies are printed as the work goes on, where the method has any.\n",
 		run_call },
-	{ "version", "", 0, 0, 0, "show the versions of this command and of the daemon", NULL,
-		run_version },
+	{ "version", "", 0, 0, 0, "show the versions of command and daemon", NULL, run_version },
 	{},
 };
