@@ -150,7 +150,9 @@ suspends static void attach(struct varlink_call *call)
 	if (!export)
 		return;
 	int ret = export_attach(export, varlink_string(call, "device"), &err);
-	if (!ret && export->kernel)
+	if (ret)
+		err_wrap(&err, "export \"%s\"", export->config->name);
+	else if (export->kernel)
 		device = kernel_device(export->kernel);
 	log_change(call, "attach", export, ret, &err);
 	answer(call, ret, &err, json_pack("{s:s}", "device", device));
@@ -166,6 +168,8 @@ suspends static void detach(struct varlink_call *call)
 	if (!export)
 		return;
 	int ret = export_detach(export, force, &err);
+	if (ret)
+		err_wrap(&err, "export \"%s\"", export->config->name);
 	log_change(call, force ? "forced detach" : "detach", export, ret, &err);
 	answer(call, ret, &err, NULL);
 	control_put_export(export);
