@@ -32,7 +32,7 @@ on_exit() {
 trap on_exit EXIT
 
 ctl() {
-	"$BUILD/blkstackctl" --control "$control" "$@"
+	"$BUILD/blkstackctl" --socket "$control" "$@"
 }
 
 # Runs a command that must fail, with a message that matches; its output is printed.
