@@ -43,7 +43,7 @@ endif
 
 CPPFLAGS += -D_GNU_SOURCE -Ilib -I. -DBLKSTACK_VERSION='"$(VERSION)"' \
 	$(shell $(PKG_CONFIG) --cflags $(LIB_PKGS) $(DAEMON_PKGS))
-ALL_CFLAGS := -std=gnu17 $(CFLAGS_$(BUILD)) $(WARNINGS) -fstack-protector-strong -pthread $(CFLAGS)
+ALL_CFLAGS := -std=gnu17 $(CFLAGS_$(BUILD)) $(WARNINGS) -fstack-protector-strong -fstack-clash-protection -pthread $(CFLAGS)
 LDLIBS   := $(shell $(PKG_CONFIG) --libs $(LIB_PKGS)) -pthread
 DAEMON_LIBS := $(shell $(PKG_CONFIG) --libs $(DAEMON_PKGS))
 TEST_LIBS := $(shell $(PKG_CONFIG) --libs $(TEST_PKGS))

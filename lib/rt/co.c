@@ -14,7 +14,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include "base/util.h"
 #include "rt/reactor_private.h"
@@ -31,6 +30,12 @@
 #include <sanitizer/tsan_interface.h>
 #endif
 
+/*
+ * Never touched, so it costs no memory. Our own code probes the pages of a large frame in turn
+ * (-fstack-clash-protection) and cannot step over it; the frames of the C library are smaller than this.
+ */
+#define CO_GUARD_SIZE_BYTES (64 * 1024)
+
 /* As many as a deep queue needs; each keeps the pages it has touched, commonly 8 KiB. */
 #define CO_IDLE_MAX 256
 
@@ -40,15 +45,10 @@ struct co {
 	struct co *resumer; /* who runs when this one suspends; NULL: the reactor's loop */
 	co_fn *fn;
 	void *arg;
-	char *mapping; /* a guard page, then the stack */
+	char *mapping; /* the guard, then the stack */
 	bool finished;
 	void *fake_stack, *fiber; /* for the sanitizers */
 };
-
-static size_t guard_size_bytes(void)
-{
-	return (size_t)sysconf(_SC_PAGESIZE);
-}
 
 /* --- the sanitizers' hooks -------------------------------------------------------------------- */
 
@@ -57,7 +57,7 @@ static inline void hook_before_switch(struct co_pool *pool, struct co *from, str
 {
 #ifdef __SANITIZE_ADDRESS__
 	__sanitizer_start_switch_fiber(from ? &from->fake_stack : &pool->plain_fake_stack,
-		to ? to->mapping + guard_size_bytes() : pool->plain_stack,
+		to ? to->mapping + CO_GUARD_SIZE_BYTES : pool->plain_stack,
 		to ? CO_STACK_SIZE_BYTES : pool->plain_stack_size_bytes);
 #endif
 #ifdef __SANITIZE_THREAD__
@@ -129,18 +129,20 @@ static void co_main(void)
 
 static struct co *co_create(void)
 {
-	size_t guard_bytes = guard_size_bytes();
 	struct co *co = calloc(1, sizeof(*co));
 
 	if (co)
-		co->mapping = mmap(NULL, guard_bytes + CO_STACK_SIZE_BYTES, PROT_READ | PROT_WRITE,
+		co->mapping = mmap(NULL, CO_GUARD_SIZE_BYTES + CO_STACK_SIZE_BYTES,
+			PROT_READ | PROT_WRITE,
 			MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0);
-	if (!co || co->mapping == MAP_FAILED || mprotect(co->mapping, guard_bytes, PROT_NONE)) {
+	if (!co || co->mapping == MAP_FAILED ||
+		mprotect(co->mapping, CO_GUARD_SIZE_BYTES, PROT_NONE)) {
 		perror("blkstack: no memory for a coroutine's stack");
 		abort();
 	}
 	list_init(&co->link);
-	co_context_init(&co->context, co->mapping + guard_bytes, CO_STACK_SIZE_BYTES, co_main);
+	co_context_init(
+		&co->context, co->mapping + CO_GUARD_SIZE_BYTES, CO_STACK_SIZE_BYTES, co_main);
 #ifdef __SANITIZE_THREAD__
 	co->fiber = __tsan_create_fiber(0);
 #endif
@@ -153,9 +155,9 @@ static void co_free(struct co *co)
 	__tsan_destroy_fiber(co->fiber);
 #endif
 #ifdef __SANITIZE_ADDRESS__
-	__asan_unpoison_memory_region(co->mapping + guard_size_bytes(), CO_STACK_SIZE_BYTES);
+	__asan_unpoison_memory_region(co->mapping + CO_GUARD_SIZE_BYTES, CO_STACK_SIZE_BYTES);
 #endif
-	munmap(co->mapping, guard_size_bytes() + CO_STACK_SIZE_BYTES);
+	munmap(co->mapping, CO_GUARD_SIZE_BYTES + CO_STACK_SIZE_BYTES);
 	free(co);
 }
 

@@ -14,7 +14,7 @@
  * Functions that may suspend are marked `suspends`, and are called only from functions so marked (or
  * handed to co_start()); scripts/check-suspends finds the others. No pthread lock is held across one.
  *
- * Stacks are pooled per reactor, CO_STACK_SIZE_BYTES each, with a guard page below: running over the
+ * Stacks are pooled per reactor, 128 KiB each, with guard pages below: running over the
  * end is a fault, never a silent overwrite. Starting a coroutine allocates only when the pool is empty.
  */
 #pragma once
