@@ -486,11 +486,12 @@ static char *file_identity(const char *path)
 }
 
 static int use_file(struct file_uses *uses, const struct config_export *export,
-	const struct conf *layer, const char *path, struct err *err)
+	const struct conf *layer, bool writes, struct err *err)
 {
+	const char *path = conf_get(layer, "path")->string;
 	const struct conf *read_only = conf_get(layer, "read-only");
-	struct file_use use = { file_identity(path),
-		!export->read_only && !(read_only && read_only->boolean), export, layer };
+	struct file_use use = { file_identity(path), writes && !(read_only && read_only->boolean),
+		export, layer };
 
 	uses->list = reallocarray(uses->list, uses->count + 1, sizeof(*uses->list));
 	if (!uses->list)
@@ -509,20 +510,27 @@ static int use_file(struct file_uses *uses, const struct config_export *export,
 	return 0;
 }
 
-/* Layers with stacks of their own are walked into. The options are known to be right. */
+/*
+ * Layers with stacks of their own are walked into; an image's backing file is only read. The options are
+ * known to be right.
+ */
 static int use_files(struct file_uses *uses, const struct config_export *export,
-	const struct conf *stack, struct err *err)
+	const struct conf *stack, bool writes, struct err *err)
 {
-	for (size_t i = 0; i < stack->item_count; i++) {
-		const struct conf *layer = stack->items[i], *path = conf_get(layer, "path");
-		int ret = path ? use_file(uses, export, layer, path->string, err) : 0;
-		for (size_t j = 0; j < layer->item_count && !ret; j++)
-			if (layer->items[j]->type == CONF_LIST)
-				ret = use_files(uses, export, layer->items[j], err);
-		if (ret)
-			return ret;
+	int ret = 0;
+
+	for (size_t i = 0; i < stack->item_count && !ret; i++) {
+		const struct conf *layer = stack->items[i];
+		if (conf_get(layer, "path"))
+			ret = use_file(uses, export, layer, writes, err);
+		for (size_t j = 0; j < layer->item_count && !ret; j++) {
+			const struct conf *item = layer->items[j];
+			bool backing = item->name && conf_name_equal(item->name, "backing");
+			if (item->type == CONF_LIST)
+				ret = use_files(uses, export, item, writes && !backing, err);
+		}
 	}
-	return 0;
+	return ret;
 }
 
 static int check_files(const struct config *config, struct err *err)
@@ -530,8 +538,10 @@ static int check_files(const struct config *config, struct err *err)
 	struct file_uses uses = {};
 	int ret = 0;
 
-	for (size_t i = 0; i < config->export_count && !ret; i++)
-		ret = use_files(&uses, &config->exports[i], config->exports[i].stack, err);
+	for (size_t i = 0; i < config->export_count && !ret; i++) {
+		const struct config_export *export = &config->exports[i];
+		ret = use_files(&uses, export, export->stack, !export->read_only, err);
+	}
 	for (size_t i = 0; i < uses.count; i++)
 		free(uses.list[i].identity);
 	free(uses.list);
