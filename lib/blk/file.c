@@ -27,6 +27,7 @@
 #include <unistd.h>
 
 #include "base/util.h"
+#include "blk/layers.h"
 #include "rt/reactor.h"
 
 static struct file_layer *to_file(struct blk *blk)
@@ -55,11 +56,28 @@ static const struct opt file_options[] = {
 	{ "size", OPT_SIZE, OPT(create_size), .min = 1, .max = BLK_SIZE_MAX,
 		.help = "of a file that is created" },
 	{ "block-size", OPT_SIZE, OPT(block_size), .min = 1, .max = BLK_BLOCK_SIZE_MAX,
+		.pow2 = true,
 		.help = "the size must be a multiple of it; the smallest possible by default: 1 "
 			"for "
 			"a buffered file" },
 	{ 0 },
 };
+
+static int file_check(const struct blk *blk, struct err *err)
+{
+	const struct file_layer *file = container_of(blk, struct file_layer, blk);
+
+	if (file->create && !file->create_size)
+		return err_set(err, EINVAL, "create = true needs a size");
+	if (!file->create && file->create_size)
+		return err_set(err, EINVAL,
+			"size is for create = true: without it, the file's own size counts");
+	if (file->create && file->read_only)
+		return err_set(err, EINVAL, "create and read-only exclude each other");
+	if (!file->block_size)
+		return 0;
+	return blk_check_size(blk->conf, file->create_size, file->block_size, err);
+}
 
 /* --- opening and closing ---------------------------------------------------------------------- */
 
@@ -213,60 +231,49 @@ static suspends int file_discard(struct blk *blk, uint64_t off, uint64_t len, un
 struct extents_job {
 	int fd;
 	uint64_t off, end;
-	uint64_t block_size;
 	struct blk_extents *extents;
 	bool unsupported;
 };
 
-/*
- * No data between off and the end of the file. What lies beyond a file that shrank under us is not
- * zero but lost: data, so that somebody reads it and learns of it.
- */
-static void add_last_hole(struct extents_job *job, uint64_t off)
+static bool add_until(struct extents_job *job, uint64_t end, uint32_t flags)
 {
-	off_t file_end = lseek(job->fd, 0, SEEK_END);
-	uint64_t hole_end = file_end < 0 ? off : round_down((uint64_t)file_end, job->block_size);
-
-	hole_end = MIN(MAX(hole_end, off), job->end);
-	if (hole_end > off &&
-		!blk_extents_add(job->extents, hole_end - off, BLK_EXTENT_HOLE | BLK_EXTENT_ZERO))
-		return;
-	if (hole_end < job->end)
-		blk_extents_add(job->extents, job->end - hole_end, BLK_EXTENT_DATA);
+	end = MIN(end, job->end);
+	if (end <= job->off)
+		return true;
+	bool more = blk_extents_add(job->extents, end - job->off, flags);
+	job->off = end;
+	return more;
 }
 
-/* Others may punch, write and truncate meanwhile: every answer is taken for what it is, and none is trusted to fit the one before. */
+/*
+ * Others may punch, write and truncate meanwhile: none of the answers is trusted to fit the one
+ * before, and every round gets further. What lies beyond a file that shrank under us is not zero but
+ * lost: it is called data, so that somebody reads it and learns of it.
+ */
 static void extents_job(void *arg)
 {
 	struct extents_job *job = arg;
-	uint64_t pos = job->off; /* a multiple of the block size, always */
+	const uint32_t hole = BLK_EXTENT_HOLE | BLK_EXTENT_ZERO;
 
-	while (pos < job->end) {
-		off_t data = lseek(job->fd, (off_t)pos, SEEK_DATA);
-		if (data < 0 && errno == ENXIO) {
-			add_last_hole(job, pos);
+	while (job->off < job->end) {
+		off_t data_off = lseek(job->fd, (off_t)job->off, SEEK_DATA);
+		if (data_off < 0 && errno == ENXIO) {
+			off_t file_end = lseek(job->fd, 0, SEEK_END);
+			if (file_end < 0 || add_until(job, (uint64_t)file_end, hole))
+				add_until(job, job->end, BLK_EXTENT_DATA);
 			return;
 		}
-		if (data < 0) {
+		if (data_off < 0) {
 			job->unsupported = true;
-			blk_extents_add(job->extents, job->end - pos, BLK_EXTENT_DATA);
+			add_until(job, job->end, BLK_EXTENT_DATA);
 			return;
 		}
-		uint64_t hole_end = MIN(round_down((uint64_t)data, job->block_size), job->end);
-		if (hole_end > pos && !blk_extents_add(job->extents, hole_end - pos,
-					      BLK_EXTENT_HOLE | BLK_EXTENT_ZERO))
+		if (!add_until(job, (uint64_t)data_off, hole))
 			return;
-		pos = MAX(pos, hole_end);
-		if (pos == job->end)
+		off_t hole_off = lseek(job->fd, data_off, SEEK_HOLE);
+		uint64_t data_end = hole_off > data_off ? (uint64_t)hole_off : job->end;
+		if (!add_until(job, data_end, BLK_EXTENT_DATA))
 			return;
-
-		off_t hole = lseek(job->fd, data, SEEK_HOLE);
-		uint64_t data_end = hole > data ? round_up((uint64_t)hole, job->block_size)
-						: job->end;
-		data_end = MIN(data_end, job->end);
-		if (!blk_extents_add(job->extents, data_end - pos, BLK_EXTENT_DATA))
-			return;
-		pos = data_end;
 	}
 }
 
@@ -278,7 +285,6 @@ static suspends int file_extents(
 		.fd = file->fd,
 		.off = off,
 		.end = off + len,
-		.block_size = blk->caps.block_size,
 		.extents = extents,
 	};
 
@@ -335,8 +341,6 @@ static suspends int file_resize(struct blk *blk, uint64_t size, unsigned flags, 
 	struct file_layer *file = to_file(blk);
 	struct resize_job job = { .file = file, .size = size, .err = err };
 
-	if (!size)
-		return err_set(err, EINVAL, "\"%s\": a disk cannot have size 0", file->path);
 	co_offload(resize_job, &job);
 	if (!job.result)
 		blk_size_changed(blk, size);
@@ -359,13 +363,13 @@ static void file_status(struct blk *blk, json_t *object)
 	json_object_set_new(object, "io", json_string(mode_names[file->io.mode]));
 	json_object_set_new(object, "sync", json_string(sync_names[file->sync]));
 	json_object_set_new(object, "lock", json_boolean(file->lock));
-	json_object_set_new(object, "flush-failed", json_boolean(file->flush_failed));
+	json_object_set_new(object, "flush_failed", json_boolean(file->flush_failed));
 
 	/* Does not ask a server across the network, so it does not wait. */
 	if (!file->is_device && !statx(file->fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC,
 					STATX_SIZE | STATX_BLOCKS, &now)) {
 		json_object_set_new(
-			object, "allocated-bytes", json_integer((json_int_t)now.stx_blocks * 512));
+			object, "allocated_bytes", json_integer((json_int_t)now.stx_blocks * 512));
 		if (now.stx_size < blk->caps.size)
 			file->truncated = true;
 	}
@@ -378,6 +382,7 @@ const struct blk_ops file_ops = {
 	.options = file_options,
 	.struct_size = sizeof(struct file_layer),
 	.is_leaf = true,
+	.check = file_check,
 	.open = file_open,
 	.close = file_close,
 	.read = file_read,

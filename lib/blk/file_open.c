@@ -135,15 +135,15 @@ static int open_or_create(struct file_layer *file, struct err *err)
 {
 	int result = open_existing(file, err);
 
-	if (result == -ENOENT && file->create)
-		result = create(file, err);
+	if (result != -ENOENT || !file->create)
+		return result;
+	result = create(file, err);
 	if (result != -EEXIST)
 		return result;
+	/* Somebody was faster; or it is both there and not. */
 	result = open_existing(file, err);
-	/* Only a link to nothing is both there and not. */
 	if (result == -ENOENT)
-		return err_set(
-			err, ENOENT, "\"%s\" is a symbolic link that leads to nothing", file->path);
+		err_set(err, ENOENT, "\"%s\" is a symbolic link that leads to nothing", file->path);
 	return result;
 }
 
@@ -224,9 +224,6 @@ static int set_block_size(struct file_layer *file, struct err *err)
 	if (result)
 		return err_sys(err, -result, "the block size of \"%s\" cannot be read", file->path);
 	caps->block_size = file->block_size ? (uint32_t)file->block_size : needed;
-	if (!is_pow2(caps->block_size))
-		return err_set(
-			err, EINVAL, "block-size %u is not a power of two", caps->block_size);
 	if (caps->block_size < needed)
 		return err_set(err, EINVAL, "block-size %u is too small: %s \"%s\" needs %u",
 			caps->block_size, file->is_device ? "the device" : "direct I/O on",
@@ -301,25 +298,11 @@ static void set_caps(struct file_layer *file, const struct stat *st)
 
 /* --- all of it -------------------------------------------------------------------------------- */
 
-static int check_options(const struct file_layer *file, struct err *err)
-{
-	if (file->create && !file->create_size)
-		return err_set(err, EINVAL, "create = true needs a size");
-	if (!file->create && file->create_size)
-		return err_set(err, EINVAL,
-			"size is for create = true; without it, the file's own size counts");
-	if (file->create && file->read_only)
-		return err_set(err, EINVAL, "create and read-only exclude each other");
-	return 0;
-}
-
 static int open_and_measure(struct file_layer *file, struct err *err)
 {
 	struct stat st;
-	int result = check_options(file, err);
+	int result = open_or_create(file, err);
 
-	if (!result)
-		result = open_or_create(file, err);
 	if (result)
 		return result;
 	if (fstat(file->fd, &st))
@@ -355,13 +338,9 @@ static void remove_created(const struct file_layer *file)
 
 int file_open_blocking(struct file_layer *file, struct err *err)
 {
-	/* A program that only looks creates nothing. */
-	if (file->blk.env->read_only || file->read_only)
-		file->blk.caps.read_only = true;
-	if (file->blk.env->read_only) {
-		file->create = false;
-		file->create_size = 0;
-	}
+	if (file->blk.caps.read_only)
+		file->create = false; /* who only looks creates nothing */
+	file->blk.caps.read_only |= file->read_only;
 
 	int result = open_and_measure(file, err);
 	if (result && file->created) {

@@ -27,7 +27,7 @@
 #include "base/cleanup.h"
 #include "base/list.h"
 #include "base/util.h"
-#include "blk/blk.h"
+#include "blk/layers.h"
 #include "rt/reactor.h"
 
 /* The unit of allocation: a page, or a part of one on machines with larger pages. */
@@ -81,9 +81,18 @@ static const struct opt memory_options[] = {
 	{ "name", OPT_STRING, offsetof(struct memory_layer, name),
 		.help = "the same name is the same disk, in all exports, until the program ends" },
 	{ "block-size", OPT_SIZE, offsetof(struct memory_layer, block_size), .min = 1,
-		.max = BLK_BLOCK_SIZE_MAX, .help = "1 by default" },
+		.max = BLK_BLOCK_SIZE_MAX, .pow2 = true, .help = "1 by default" },
 	{ 0 },
 };
+
+static int memory_check(const struct blk *blk, struct err *err)
+{
+	const struct memory_layer *memory = container_of(blk, struct memory_layer, blk);
+
+	if (!memory->size && !memory->name)
+		return err_set(err, EINVAL, "a memory disk needs a size");
+	return blk_check_size(blk->conf, memory->size, MAX(memory->block_size, 1U), err);
+}
 
 /* --- disks ------------------------------------------------------------------------------------ */
 
@@ -263,13 +272,8 @@ static int disk_make(struct memory_layer *memory, struct memory_disk **made, str
 	uint32_t block_size = memory->block_size ? (uint32_t)memory->block_size : 1;
 
 	if (!memory->size)
-		return err_set(err, EINVAL, "a new memory disk needs a size");
-	if (!is_pow2(block_size))
-		return err_set(err, EINVAL, "block-size %u is not a power of two", block_size);
-	if (!is_aligned(memory->size, block_size))
 		return err_set(err, EINVAL,
-			"size %" PRIu64 " is not a multiple of the block size %u", memory->size,
-			block_size);
+			"there is no memory disk \"%s\" yet: a new one needs a size", memory->name);
 	*made = disk_create(memory->name, memory->size, block_size);
 	if (!*made)
 		return err_set(err, ENOMEM,
@@ -356,10 +360,6 @@ static suspends int memory_open(struct blk *blk, struct err *err)
 	if (result)
 		return result;
 
-	blk->caps.preferred_size = MAX(BLOCK, blk->caps.block_size);
-	blk->caps.max_request = BLK_REQUEST_MAX;
-	blk->caps.mem_align = 1;
-	blk->caps.read_only |= blk->env->read_only;
 	blk->caps.fua = true; /* nothing here is durable, or ever less durable than before */
 	blk->caps.zero_fast = true;
 	blk->caps.discard = true;
@@ -459,7 +459,7 @@ static suspends int memory_extents(
 	struct blk *blk, uint64_t off, uint64_t len, struct blk_extents *extents)
 {
 	struct memory_disk *disk = to_memory(blk)->disk;
-	uint64_t block_size = disk->block_size, end = off + len;
+	uint64_t end = off + len;
 	bool more = true;
 
 	pthread_rwlock_rdlock(&disk->lock);
@@ -469,15 +469,9 @@ static suspends int memory_extents(
 	}
 	while (more && off < end) {
 		uint64_t run_end;
-		uint32_t kind = BLK_EXTENT_DATA;
-		/* Where the disk's blocks are larger than ours, a hole is whole blocks and all else is data. */
-		if (!find_run(disk, off, end, &run_end) && run_end - off >= block_size) {
-			kind = BLK_EXTENT_HOLE | BLK_EXTENT_ZERO;
-			run_end = round_down(run_end, block_size);
-		} else {
-			run_end = round_up(run_end, block_size);
-		}
-		more = blk_extents_add(extents, run_end - off, kind);
+		bool allocated = find_run(disk, off, end, &run_end);
+		more = blk_extents_add(extents, run_end - off,
+			allocated ? BLK_EXTENT_DATA : BLK_EXTENT_HOLE | BLK_EXTENT_ZERO);
 		off = run_end;
 	}
 	pthread_rwlock_unlock(&disk->lock);
@@ -538,8 +532,6 @@ static suspends int memory_resize(struct blk *blk, uint64_t size, unsigned flags
 	struct memory_layer *memory = to_memory(blk);
 	struct memory_disk *disk = memory->disk;
 
-	if (!size)
-		return err_set(err, EINVAL, "a disk cannot have size 0");
 	pthread_rwlock_wrlock(&disk->lock);
 	int result = disk_resize(disk, size);
 	pthread_rwlock_unlock(&disk->lock);
@@ -569,7 +561,7 @@ static void memory_status(struct blk *blk, json_t *object)
 	if (disk->name)
 		json_object_set_new(object, "name", json_string(disk->name));
 	json_object_set_new(object, "users", json_integer(users));
-	json_object_set_new(object, "allocated-bytes", json_integer((json_int_t)allocated_bytes));
+	json_object_set_new(object, "allocated_bytes", json_integer((json_int_t)allocated_bytes));
 }
 
 const struct blk_ops memory_ops = {
@@ -578,6 +570,7 @@ const struct blk_ops memory_ops = {
 	.options = memory_options,
 	.struct_size = sizeof(struct memory_layer),
 	.is_leaf = true,
+	.check = memory_check,
 	.open = memory_open,
 	.close = memory_close,
 	.read = memory_read,
