@@ -42,9 +42,6 @@ static enum ctl_exit connect_failed(const struct ctl *ctl, int code)
 			"of "
 			"the group that owns it",
 			path);
-	case EAGAIN:
-		return ctl_fail(CTL_NO_DAEMON,
-			"%s: too many others wait to connect, or blkstackd hangs", path);
 	default:
 		return ctl_fail(CTL_NO_DAEMON, "%s: cannot connect: %s", path, strerror(code));
 	}

@@ -102,8 +102,8 @@ class Varlink:
 
     def __init__(self, path):
         self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.connect(path)  # without a time-out: it waits while the backlog is full
         self.socket.settimeout(DEADLINE_S)
-        self.socket.connect(path)
         self.received = b''
 
     def send(self, method, parameters=None, **flags):
