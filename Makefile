@@ -27,7 +27,9 @@ CFLAGS_debug   := -O0 -g3
 CFLAGS_asan    := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 CFLAGS_tsan    := -O1 -g -fno-omit-frame-pointer -fsanitize=thread
 CFLAGS_cov     := -O0 -g --coverage
-CFLAGS_fuzz    := -O1 -g -fsanitize=fuzzer-no-link,address,undefined
+# clang: it does not define __SANITIZE_ADDRESS__, and knows fewer warnings
+CFLAGS_fuzz    := -O1 -g -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=undefined \
+	-D__SANITIZE_ADDRESS__=1 -Wno-unknown-warning-option
 ifeq ($(BUILD),fuzz)
 CC := clang
 endif
@@ -53,6 +55,7 @@ DAEMON_SRC := $(wildcard daemon/*.c)
 CTL_SRC    := $(wildcard daemon/ctl/*.c)
 UNIT_SRC   := $(wildcard tests/unit/*.c)
 HELPER_SRC := $(wildcard tests/helpers/*.c)
+FUZZ_SRC   := $(wildcard tests/fuzz/*.c)
 
 LIB_OBJ    := $(LIB_SRC:%.c=$O/%.o)
 DAEMON_OBJ := $(DAEMON_SRC:%.c=$O/%.o)
@@ -61,6 +64,7 @@ CTL_OBJ    := $(CTL_SRC:%.c=$O/%.o)
 PROGRAMS := $(if $(wildcard daemon/main.c),$O/blkstackd) $(if $(CTL_SRC),$O/blkstackctl)
 UNITS    := $(UNIT_SRC:%.c=$O/%)
 HELPERS  := $(HELPER_SRC:%.c=$O/%)
+FUZZERS  := $(FUZZ_SRC:%.c=$O/%)
 BENCHES  := $O/tests/bench/nbdload $O/tests/bench/firstbyte
 BENCH_OBJ := $O/tests/bench/client.o $O/tests/bench/cpu.o
 
@@ -100,6 +104,18 @@ $O/tests/helpers/kernel-device: $(patsubst %,$O/daemon/kernel-%.o,dev sysfs user
 $(BENCHES): $O/%: $O/%.o $(BENCH_OBJ)
 	$(call say,LD,$@)
 	$Q$(CC) $(ALL_CFLAGS) $(LDFLAGS) -o $@ $^ -pthread
+
+$(FUZZERS): $O/%: $O/%.o $O/libblkstack.a
+	$(call say,LD,$@)
+	$Q$(CC) $(ALL_CFLAGS) -fsanitize=fuzzer $(LDFLAGS) -o $@ $^ $(LDLIBS)
+
+# make BUILD=fuzz fuzz: every fuzzer for FUZZ_S seconds; what it finds is left in the build folder.
+FUZZ_S ?= 60
+fuzz: $(FUZZERS)
+	$Qfor fuzzer in $(FUZZERS:$O/tests/fuzz/%=%); do \
+		mkdir -p $O/corpus/$$fuzzer && $O/tests/fuzz/$$fuzzer -max_total_time=$(FUZZ_S) -max_len=70000 \
+			-timeout=20 -print_final_stats=1 -artifact_prefix=$O/$$fuzzer- \
+			$O/corpus/$$fuzzer tests/fuzz/corpus/$$fuzzer || exit; done
 
 check: all units $(HELPERS)
 	$Qtests/run $O unit integration
@@ -151,6 +167,6 @@ install: all
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -4
 
-.PHONY: all check check-rt check-kernel bench units lint format install clean help
+.PHONY: all check check-rt check-kernel bench fuzz units lint format install clean help
 .SECONDARY:
 -include $(shell find $O -name '*.d' 2>/dev/null)

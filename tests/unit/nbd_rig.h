@@ -28,6 +28,8 @@
 #include "nbd/server.h"
 #include "rt/reactor.h"
 
+#include "seed.h"
+
 #define RIG_WAIT_MS 20000
 #define RIG_EXPORTS 2
 #define RIG_SIZE    (8U << 20)
@@ -424,14 +426,4 @@ static inline unsigned rig_open_fds(void)
 		count++;
 	closedir(dir);
 	return count;
-}
-
-/* The seed of a random test: from $SEED, else from the clock. Printed, so that a failure can be repeated. */
-static inline unsigned rig_seed(void)
-{
-	const char *text = getenv("SEED");
-	unsigned seed = text ? (unsigned)strtoul(text, NULL, 0) : (unsigned)time(NULL);
-
-	printf("seed %u (SEED=%u repeats it)\n", seed, seed);
-	return seed;
 }

@@ -284,17 +284,16 @@ END_TEST
 /* Random bytes behind a sensible beginning, in both phases. */
 START_TEST(test_noise)
 {
-	unsigned seed = rig_seed();
+	struct seed seed = seed_start("noise");
 	struct nbd_request_header header;
 	uint8_t bytes[3000], sink[4096];
 
 	for (unsigned i = 0; i < 400; i++) {
-		size_t len = (size_t)rand_r(&seed) % sizeof(bytes);
+		size_t len = (size_t)seed_below(&seed, sizeof(bytes));
 		bool handshake = i % 2;
 		int fd = handshake ? rig_connect(&rig) : rig_serve(&rig);
 
-		for (size_t n = 0; n < len; n++)
-			bytes[n] = (uint8_t)rand_r(&seed);
+		seed_fill(&seed, bytes, len);
 		if (handshake && len > 20) {
 			memcpy(bytes, "\0\0\0\1IHAVEOPT\0\0\0", 15);
 			bytes[15] %= 8; /* an option that exists */

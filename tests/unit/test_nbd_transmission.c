@@ -357,7 +357,7 @@ END_TEST
 /* The same, mixed, cut into pieces at random places. */
 START_TEST(test_burst_in_pieces)
 {
-	unsigned seed = rig_seed();
+	struct seed seed = seed_start("burst in pieces");
 	int fd = rig_serve(&rig);
 
 	for (unsigned round = 0; round < 50; round++) {
@@ -366,8 +366,8 @@ START_TEST(test_burst_in_pieces)
 		const unsigned count = 200;
 
 		for (unsigned i = 0; i < count; i++) {
-			bool refused = rand_r(&seed) % 4 == 0;
-			uint32_t bytes = (uint32_t)rand_r(&seed) % 512;
+			bool refused = seed_below(&seed, 4) == 0;
+			uint32_t bytes = (uint32_t)seed_below(&seed, 512);
 			uint64_t off = refused ? RIG_SIZE : i * 512;
 			struct nbd_request_header header = rig_header(
 				NBD_CMD_WRITE, 0, i, off, bytes);
@@ -378,7 +378,7 @@ START_TEST(test_burst_in_pieces)
 			len += sizeof(header) + bytes;
 		}
 		while (sent < len) {
-			size_t piece = MIN(len - sent, (size_t)rand_r(&seed) % 3000 + 1);
+			size_t piece = MIN(len - sent, (size_t)seed_below(&seed, 3000) + 1);
 
 			rig_send(fd, burst + sent, piece);
 			sent += piece;
@@ -400,14 +400,14 @@ END_TEST
 /* Random reads and writes of all sizes against a copy in memory. */
 START_TEST(test_random_against_copy)
 {
-	unsigned seed = rig_seed();
+	struct seed seed = seed_start("random against copy");
 	uint8_t *copy = calloc(1, RIG_SIZE);
 	int fd = rig_serve(&rig);
 
 	for (unsigned i = 0; i < 1500; i++) {
-		uint32_t len = (uint32_t)rand_r(&seed) % (1U << (rand_r(&seed) % 20 + 1));
-		uint64_t off = (uint64_t)rand_r(&seed) % (RIG_SIZE - len);
-		unsigned what = (unsigned)rand_r(&seed) % 8;
+		uint32_t len = (uint32_t)seed_below(&seed, 2U << seed_below(&seed, 20));
+		uint64_t off = seed_below(&seed, RIG_SIZE - len);
+		unsigned what = (unsigned)seed_below(&seed, 8);
 
 		if (what < 3) {
 			rig_read(fd, off, in, len);
