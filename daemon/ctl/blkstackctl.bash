@@ -9,8 +9,10 @@ _blkstackctl() {
 	# What stands on the line already: the command, its operands, and another socket.
 	for ((i = 1; i < COMP_CWORD; i++)); do
 		case ${COMP_WORDS[i]} in
-		-s | --socket) socket=(--socket "${COMP_WORDS[++i]}") ;;
-		--socket=*) socket=("${COMP_WORDS[i]}") ;;
+		-s | --socket)
+			[[ ${COMP_WORDS[i + 1]} == "=" ]] && ((i++)) # bash makes three words of --socket=PATH
+			socket=(--socket "${COMP_WORDS[++i]}")
+			;;
 		-[a-zA-Z-]*) ;;
 		*) operands+=("${COMP_WORDS[i]}") ;;
 		esac
@@ -18,7 +20,7 @@ _blkstackctl() {
 
 	local candidates=""
 	case $previous in
-	-s | --socket)
+	-s | --socket | =)
 		mapfile -t COMPREPLY < <(compgen -f -- "$word")
 		return
 		;;
