@@ -112,7 +112,10 @@ suspends int blk_read_parts(struct blk *blk, uint64_t off, char *buf, size_t len
 	return ret;
 }
 
-/* Reads those of the first and last block at bounce, for [start, end), that [off, off + len) does not fill. */
+/*
+ * Reads what [off, off + len) does not fill of the first and last block of [start, end), to its place at
+ * bounce. All of it where the last block's place is not aligned.
+ */
 static suspends int read_edges(
 	struct blk *blk, char *bounce, uint64_t start, uint64_t end, uint64_t off, size_t len)
 {
@@ -121,6 +124,8 @@ static suspends int read_edges(
 	uint64_t last = end - block_size;
 	int ret = 0;
 
+	if (tail && !is_aligned(last - start, blk->caps.mem_align))
+		return blk_op_read(blk, start, bounce, end - start);
 	if (head || (tail && last == start))
 		ret = blk_op_read(blk, start, bounce, block_size);
 	if (!ret && tail && last != start)

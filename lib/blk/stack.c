@@ -269,7 +269,7 @@ suspends int blk_open_layer(const struct blk_ops *ops, const struct conf *group,
 		free(blk);
 		return ret;
 	}
-	ret = blk->ops->open(blk, err);
+	ret = ops->open ? ops->open(blk, err) : 0;
 	if (!ret)
 		ret = settle_caps(blk, read_only, err);
 	if (ret < 0) {
