@@ -23,6 +23,7 @@
 
 #include "base/log.h"
 #include "daemon/kernel-dev.h"
+#include "daemon/kernel-name.h"
 #include "nbd/server.h"
 #include "rt/lock.h"
 #include "rt/reactor.h"
@@ -121,7 +122,10 @@ static void dev_ended(void *arg, int reason)
 
 static int call_free(struct call *call)
 {
-	kernel_dev_free(call->door->dev);
+	struct kernel_dev *dev = call->door->dev;
+
+	kernel_name_forget(kernel_dev_name(dev));
+	kernel_dev_free(dev);
 	return 0;
 }
 
@@ -196,7 +200,16 @@ static int call_claim(struct call *call)
 
 static int call_settle(struct call *call)
 {
-	return kernel_dev_settle(call->door->dev, call->err);
+	struct kernel_dev *dev = call->door->dev;
+	struct err unnamed = { 0 };
+	int named = kernel_name_publish(kernel_dev_name(dev), call->door->nbd->name, &unnamed);
+	int ret = kernel_dev_settle(dev, call->err);
+
+	if (named && !ret) {
+		*call->err = unnamed;
+		return named;
+	}
+	return ret;
 }
 
 static struct kernel_door *door_new(const struct kernel_opts *opts)
