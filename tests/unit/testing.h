@@ -1,7 +1,7 @@
 /*
  * What unit tests share: a main() for a suite, a seed that is printed and can be given, coroutines to test in.
  *
- *	TEST_SEED=123 build/tests/unit/test_rt_lock	repeats a run that failed
+ *	SEED=123 build/tests/unit/test_rt_lock	repeats a run that failed
  */
 #pragma once
 
@@ -31,12 +31,12 @@
 /* Seeds random() and returns the seed. */
 static inline unsigned test_seed(void)
 {
-	const char *given = getenv("TEST_SEED");
+	const char *given = getenv("SEED");
 	struct timespec now;
 
 	clock_gettime(CLOCK_REALTIME, &now);
 	unsigned seed = given ? (unsigned)strtoul(given, NULL, 0) : (unsigned)now.tv_nsec;
-	printf("TEST_SEED=%u\n", seed);
+	printf("SEED=%u\n", seed);
 	fflush(stdout);
 	srandom(seed);
 	return seed;
