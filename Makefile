@@ -18,6 +18,7 @@ PKG_CONFIG ?= pkg-config
 
 LIB_PKGS    := jansson liburing zlib libzstd
 DAEMON_PKGS := libconfig libsystemd
+IMG_PKGS    := nettle
 TEST_PKGS   := check libnbd
 
 O := $(if $(filter release,$(BUILD)),build,build-$(BUILD))
@@ -47,12 +48,14 @@ CPPFLAGS += -D_GNU_SOURCE -Ilib -I. -DBLKSTACK_VERSION='"$(VERSION)"' \
 	$(shell $(PKG_CONFIG) --cflags $(LIB_PKGS) $(DAEMON_PKGS))
 ALL_CFLAGS := -std=gnu17 $(CFLAGS_$(BUILD)) $(WARNINGS) -fstack-protector-strong -fstack-clash-protection -pthread $(CFLAGS)
 LDLIBS   := $(shell $(PKG_CONFIG) --libs $(LIB_PKGS)) -pthread
+IMG_LIBS := $(shell $(PKG_CONFIG) --libs $(IMG_PKGS))
 DAEMON_LIBS := $(shell $(PKG_CONFIG) --libs $(DAEMON_PKGS))
 TEST_LIBS := $(shell $(PKG_CONFIG) --libs $(TEST_PKGS))
 
 LIB_SRC    := $(wildcard lib/*/*.c lib/*/*/*.c)
 DAEMON_SRC := $(wildcard daemon/*.c)
 CTL_SRC    := $(wildcard daemon/ctl/*.c)
+IMG_SRC    := $(wildcard daemon/img/*.c)
 UNIT_SRC   := $(wildcard tests/unit/*.c)
 HELPER_SRC := $(wildcard tests/helpers/*.c)
 FUZZ_SRC   := $(wildcard tests/fuzz/*.c)
@@ -60,8 +63,10 @@ FUZZ_SRC   := $(wildcard tests/fuzz/*.c)
 LIB_OBJ    := $(LIB_SRC:%.c=$O/%.o)
 DAEMON_OBJ := $(DAEMON_SRC:%.c=$O/%.o)
 CTL_OBJ    := $(CTL_SRC:%.c=$O/%.o)
+IMG_OBJ    := $(IMG_SRC:%.c=$O/%.o)
 
-PROGRAMS := $(if $(wildcard daemon/main.c),$O/blkstackd) $(if $(CTL_SRC),$O/blkstackctl)
+PROGRAMS := $(if $(wildcard daemon/main.c),$O/blkstackd) $(if $(CTL_SRC),$O/blkstackctl) \
+	$(if $(IMG_SRC),$O/blkstack-img)
 UNITS    := $(UNIT_SRC:%.c=$O/%)
 HELPERS  := $(HELPER_SRC:%.c=$O/%)
 FUZZERS  := $(FUZZ_SRC:%.c=$O/%)
@@ -89,6 +94,10 @@ $O/blkstackd: $(DAEMON_OBJ) $O/libblkstack.a
 $O/blkstackctl: $(CTL_OBJ) $O/libblkstack.a
 	$(call say,LD,$@)
 	$Q$(CC) $(ALL_CFLAGS) $(LDFLAGS) -o $@ $^ $(LDLIBS)
+
+$O/blkstack-img: $(IMG_OBJ) $O/libblkstack.a
+	$(call say,LD,$@)
+	$Q$(CC) $(ALL_CFLAGS) $(LDFLAGS) -o $@ $^ $(IMG_LIBS) $(LDLIBS)
 
 # A unit test is one program per file; it may use anything in lib/.
 $(UNITS) $(HELPERS): $O/%: $O/%.o $O/libblkstack.a

@@ -126,6 +126,16 @@ static void resolve_run(void *arg)
 	}
 }
 
+suspends int qcow_resolve(
+	const struct conf *allowed, const char *folder, const char *name, char **path)
+{
+	struct resolve_job job = { .allowed = allowed, .name = name, .folder = folder };
+
+	co_offload(resolve_run, &job);
+	*path = job.result ? NULL : strdup(job.path);
+	return job.result ? job.result : *path ? 0 : -ENOMEM;
+}
+
 /* --- building the stack ----------------------------------------------------------------------- */
 
 /* The folder of the image itself: that of the file layer's path, when the stack says so. */
@@ -166,8 +176,8 @@ static struct conf *stack_for(const struct qcow *q, const char *path, bool is_qc
 static suspends int open_named(struct qcow *q, const char *what, const char *option,
 	const char *name, const char *format, bool read_only, struct blk **child, struct err *err)
 {
-	struct resolve_job job = { .allowed = q->allow_backing_conf, .name = name };
 	CLEANUP(free) char *folder = image_folder(q);
+	CLEANUP(free) char *path = NULL; /* a chain of images nests these calls: nothing large */
 
 	if (!conf_strings_count(q->allow_backing_conf))
 		return err_set(err, EACCES,
@@ -185,22 +195,21 @@ static suspends int open_named(struct qcow *q, const char *what, const char *opt
 		return err_set(err, ENOTSUP,
 			"the %s \"%s\" has the format \"%s\": raw and qcow2 can be opened", what,
 			name, format);
-	job.folder = folder;
-	co_offload(resolve_run, &job);
-	if (job.result == -EACCES)
+	int ret = qcow_resolve(q->allow_backing_conf, folder, name, &path);
+	if (ret == -EACCES)
 		return err_set(err, EACCES,
 			"the image wants \"%s\" as its %s, which is not in a folder that "
 			"allow-backing lists",
 			name, what);
-	if (job.result)
+	if (ret)
 		return err_sys(
-			err, -job.result, "cannot open the %s \"%s\" of the image", what, name);
-	struct conf *list = stack_for(q, job.path, !strcmp(format, "qcow2"));
+			err, -ret, "cannot open the %s \"%s\" of the image", what, name);
+	struct conf *list = stack_for(q, path, !strcmp(format, "qcow2"));
 	if (!q->blk.own_conf)
 		q->blk.own_conf = conf_new(CONF_LIST, NULL, NULL);
 	conf_add(q->blk.own_conf, list);
-	int ret = blk_open_child(&q->blk, list, read_only, child, err);
-	return ret ? err_wrap(err, "%s \"%s\"", what, job.path) : 0;
+	ret = blk_open_child(&q->blk, list, read_only, child, err);
+	return ret ? err_wrap(err, "%s \"%s\"", what, path) : 0;
 }
 
 suspends int qcow_open_backing(struct qcow *q, struct err *err)

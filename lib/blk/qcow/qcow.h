@@ -321,5 +321,11 @@ suspends int qcow_settle(struct qcow *q);
 /* --- resize.c, backing.c ---------------------------------------------------------------------- */
 
 suspends int qcow_resize(struct blk *blk, uint64_t size, unsigned flags, struct err *err);
+/*
+ * The absolute path that a name inside an image leads to, seen from the image's folder (NULL: none), when that
+ * is in an allowed folder; the caller's to free. -EACCES when it is in none.
+ */
+suspends int qcow_resolve(
+	const struct conf *allowed, const char *folder, const char *name, char **path);
 suspends int qcow_open_backing(struct qcow *q, struct err *err);
 suspends int qcow_open_data_file(struct qcow *q, struct err *err);

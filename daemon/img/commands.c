@@ -1,0 +1,11 @@
+/*
+ * The list of commands, in the order of blkstack-img --help.
+ */
+#include "daemon/img/commands.h"
+
+const struct img_command *const img_commands[] = {
+	&img_create,
+	&img_info,
+	&img_check,
+	NULL,
+};
