@@ -77,6 +77,10 @@ static int parse_tcp(const char *text, struct address *address, struct err *err)
 	}
 	if (host_len >= HOST_MAX_BYTES || strlen(colon + 1) >= PORT_MAX_BYTES)
 		return err_set(err, EINVAL, "\"tcp:%s\": host or port is too long", text);
+	/* getaddrinfo() would take such a number modulo 2^16. */
+	if (strspn(colon + 1, "0123456789") == strlen(colon + 1) &&
+		strtoul(colon + 1, NULL, 10) > 65535)
+		return err_set(err, EINVAL, "\"tcp:%s\": a port is at most 65535", text);
 	memcpy(address->host, host, host_len);
 	strcpy(address->port, colon + 1);
 	return 0;
