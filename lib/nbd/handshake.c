@@ -120,7 +120,7 @@ struct properties {
 	uint32_t preferred_bytes;
 };
 
-static void look_up_properties(void *arg)
+static suspends void look_up_properties(void *arg)
 {
 	struct properties *properties = arg;
 	const struct blk_caps *caps = blk_caps(properties->export->blk);
