@@ -1,7 +1,7 @@
 /*
  * blkstackd --help; see help.h.
  *
- * A row of an option table becomes one or two lines: name, type and default, then the help text.
+ * A row of an option table becomes a line: name, type, help text, choices and default.
  */
 #include "daemon/help.h"
 
@@ -11,8 +11,8 @@
 #include "blk/blk.h"
 #include "daemon/config.h"
 
-#define NAME_COLUMNS 20
-#define TYPE_COLUMNS 10
+#define NAME_COLUMNS 19
+#define TYPE_COLUMNS 9
 
 static const char usage[] =
 	"blkstackd - serve disks composed of layers, as /dev/nbdX and on NBD sockets\n"
@@ -37,29 +37,38 @@ static const char *type_text(const struct opt *opt)
 		[OPT_INT] = "NUMBER",
 		[OPT_SIZE] = "SIZE",
 		[OPT_STRING] = "TEXT",
-		[OPT_ENUM] = "",
+		[OPT_ENUM] = "TEXT",
 		[OPT_STRINGS] = "TEXTS",
-		[OPT_LIST] = "( {...} )",
+		[OPT_LIST] = "({...})",
 	};
 
 	return texts[opt->type];
 }
 
+/* What is said in brackets after the help text. */
+static void print_limits(FILE *out, const struct opt *opt)
+{
+	const char *separator = " (";
+
+	for (int i = 0; opt->type == OPT_ENUM && opt->choices[i]; i++) {
+		fprintf(out, "%s\"%s\"", separator, opt->choices[i]);
+		separator = ", ";
+	}
+	if (opt->required || (opt->fallback && *opt->fallback)) {
+		fprintf(out, "%s%s%s", separator, opt->required ? "required" : "default ",
+			opt->required ? "" : opt->fallback);
+		separator = ", ";
+	}
+	if (*separator == ',')
+		fputc(')', out);
+}
+
 static void print_options(FILE *out, const struct opt *table)
 {
 	for (const struct opt *opt = table; opt && opt->name; opt++) {
-		int column = fprintf(out, "    %-*s ", NAME_COLUMNS, opt->name);
-		if (opt->type == OPT_ENUM)
-			for (int i = 0; opt->choices[i]; i++)
-				column += fprintf(out, "%s\"%s\"", i ? "|" : "", opt->choices[i]);
-		else
-			column += fprintf(out, "%s", type_text(opt));
-		fprintf(out, "%*s %s", column < 35 ? 35 - column : 0, "",
-			opt->help ? opt->help : "");
-		if (opt->required)
-			fprintf(out, " (required)");
-		else if (opt->fallback && *opt->fallback)
-			fprintf(out, " (default %s)", opt->fallback);
+		fprintf(out, "    %-*s %-*s %s", NAME_COLUMNS, opt->name, TYPE_COLUMNS,
+			type_text(opt), opt->help ? opt->help : "");
+		print_limits(out, opt);
 		fputc('\n', out);
 	}
 }
