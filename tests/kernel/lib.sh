@@ -13,6 +13,7 @@ socket=$SCRATCH/nbd
 mnt=$SCRATCH/mnt
 mkdir -p "$mnt"
 log_at=0
+daemon_options=()
 
 step() {
 	echo "-- $*"
@@ -55,7 +56,7 @@ daemon_start() {
 	$*
 	);
 	CONF
-	"$BUILD/blkstackd" --config blkstack.conf 2>>blkstackd.log &
+	"$BUILD/blkstackd" --config blkstack.conf "${daemon_options[@]}" 2>>blkstackd.log &
 	daemon=$!
 	local try
 	for ((try = 0; try < 200; try++)); do
