@@ -109,6 +109,7 @@ static suspends void compare_with_model(
 	blk = stack("file path=%s %s", name, options);
 	model_verify(&model, blk);
 	stack_close(blk);
+	model_fini(&model);
 	unlink(name);
 }
 
@@ -245,6 +246,7 @@ static suspends void check_discard_frees(const char *folder, const char *options
 	ck_assert_int_le(look(name).st_blocks, (1 << 20) / 512);
 	ck_assert_int_eq(look(name).st_size, 8 << 20);
 	stack_close(blk);
+	model_fini(&model);
 	unlink(name);
 }
 
@@ -461,6 +463,7 @@ static suspends void a_truncated_file_fails_beyond_its_end(void)
 		ck_assert_int_eq(blk_flush(blk), 0);
 		ck_assert(status_true(blk, "truncated"));
 		stack_close(blk);
+		model_fini(&model);
 	}
 }
 
@@ -480,6 +483,7 @@ static suspends void resizes_like_the_model(void)
 		ck_assert_uint_eq(look(name).st_size, model.size);
 	}
 	stack_close(blk);
+	model_fini(&model);
 }
 
 static suspends void a_resize_that_fails_changes_nothing(void)

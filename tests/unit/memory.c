@@ -31,6 +31,7 @@ static suspends void reads_zeroes_at_first(void)
 	model_verify(&model, blk);
 	ck_assert_int_eq(status_number(blk, "allocated_bytes"), 0);
 	stack_close(blk);
+	model_fini(&model);
 }
 
 static suspends void equals_the_model(void)
@@ -41,6 +42,7 @@ static suspends void equals_the_model(void)
 	model_init(&model, 1000001);
 	model_run(&model, blk, 2000);
 	stack_close(blk);
+	model_fini(&model);
 }
 
 static suspends void equals_the_model_with_large_blocks(void)
@@ -51,6 +53,7 @@ static suspends void equals_the_model_with_large_blocks(void)
 	model_init(&model, 1 << 20);
 	model_run(&model, blk, 1000);
 	stack_close(blk);
+	model_fini(&model);
 }
 
 static suspends void equals_the_model_while_resized(void)
@@ -65,6 +68,7 @@ static suspends void equals_the_model_while_resized(void)
 		model_verify(&model, blk);
 	}
 	stack_close(blk);
+	model_fini(&model);
 }
 
 /* A block is data from its first write on and a hole from a discard of all of it on, and nothing else. */
@@ -109,10 +113,15 @@ static suspends void extents_are_exact(void)
 			(json_int_t)(allocated * BLOCK_BYTES));
 	}
 	stack_close(blk);
+	model_fini(&model);
 }
 
+/* ThreadSanitizer keeps notes on every byte, in memory that it does not give back: 0 then. */
 static uint64_t resident_bytes(void)
 {
+#ifdef __SANITIZE_THREAD__
+	return 0;
+#endif
 	FILE *statm = fopen("/proc/self/statm", "re");
 	unsigned long long total, resident;
 
@@ -131,14 +140,14 @@ static suspends void discard_frees_memory(void)
 	memset(buf, 7, 1 << 20);
 	for (uint64_t off = 0; off < size; off += 1 << 20)
 		ck_assert_int_eq(blk_write(blk, off, buf, 1 << 20, 0), 0);
-	ck_assert_uint_ge(resident_bytes(), before + size / 2);
+	if (before)
+		ck_assert_uint_ge(resident_bytes(), before + size / 2);
 	ck_assert_int_eq(blk_discard(blk, 1, size - 2, 0), 0);
 	ck_assert_uint_le(resident_bytes(), before + size / 4);
 	ck_assert_int_eq(status_number(blk, "allocated_bytes"), 2 * BLOCK_BYTES);
 	ck_assert_int_eq(blk_read(blk, 0, buf, 1 << 20), 0);
 	ck_assert_int_eq(buf[0], 7);
-	for (int i = 1; i < 1 << 20; i++)
-		ck_assert_int_eq(buf[i], 0);
+	ck_assert(all_bytes_are(buf + 1, (1 << 20) - 1, 0));
 	free(buf);
 	stack_close(blk);
 }
@@ -169,6 +178,7 @@ static suspends void shrinking_drops_and_growing_shows_zeroes(void)
 	model_verify(&model, blk);
 	ck_assert_int_eq(blk_resize(blk, 0, BLK_FORCE, &err), -EINVAL);
 	stack_close(blk);
+	model_fini(&model);
 }
 
 static suspends void the_name_is_the_disk(void)

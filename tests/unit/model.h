@@ -20,6 +20,11 @@ static inline void model_init(struct model *model, uint64_t size)
 	model->bytes = calloc(1, size);
 }
 
+static inline void model_fini(struct model *model)
+{
+	free(model->bytes);
+}
+
 static inline suspends void model_verify(struct model *model, struct blk *blk)
 {
 	uint8_t *buf = malloc(model->size);

@@ -15,6 +15,7 @@
 
 #include <check.h>
 #include <ftw.h>
+#include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -37,6 +38,21 @@ struct unit_case {
 #function, function \
 	}
 
+/* --- what lives as long as the case ------------------------------------------------------------ */
+
+static pthread_mutex_t unit_lock = PTHREAD_MUTEX_INITIALIZER;
+static struct conf *unit_confs; /* the stacks point into them */
+
+static inline struct conf *unit_keep_conf(struct conf *conf)
+{
+	pthread_mutex_lock(&unit_lock);
+	if (!unit_confs)
+		unit_confs = conf_new(CONF_LIST, NULL, NULL);
+	conf_add(unit_confs, conf);
+	pthread_mutex_unlock(&unit_lock);
+	return conf;
+}
+
 /* --- random ----------------------------------------------------------------------------------- */
 
 static uint64_t unit_seed;
@@ -58,8 +74,22 @@ static inline uint64_t random_below(uint64_t *state, uint64_t limit)
 
 static inline void random_fill(uint64_t *state, void *buf, size_t len_bytes)
 {
+	uint8_t *byte = buf;
+	uint64_t word;
+
+	for (; len_bytes;
+		byte += MIN(len_bytes, sizeof(word)), len_bytes -= MIN(len_bytes, sizeof(word))) {
+		word = random_next(state) | UINT64_C(0x0101010101010101); /* no byte is zero */
+		memcpy(byte, &word, MIN(len_bytes, sizeof(word)));
+	}
+}
+
+static inline bool all_bytes_are(const void *buf, size_t len_bytes, uint8_t value)
+{
 	for (size_t i = 0; i < len_bytes; i++)
-		((uint8_t *)buf)[i] = (uint8_t)(random_next(state) | 1); /* never zero */
+		if (((const uint8_t *)buf)[i] != value)
+			return false;
+	return true;
 }
 
 /* --- stacks ----------------------------------------------------------------------------------- */
@@ -73,10 +103,10 @@ static inline struct conf *unit_value(const char *name, const char *text)
 	return conf_new_string(name, NULL, text);
 }
 
-/* "file path=/x size=1M create=true": layers, top first, separated by '|'. Not freed: stacks point into it. */
+/* "file path=/x size=1M create=true": layers, top first, separated by '|'. */
 static inline struct conf *unit_conf(const char *text)
 {
-	struct conf *list = conf_new(CONF_LIST, NULL, NULL);
+	struct conf *list = unit_keep_conf(conf_new(CONF_LIST, NULL, NULL));
 	struct conf *group = NULL;
 	char *copy = strdup(text), *rest = NULL;
 
@@ -165,6 +195,7 @@ START_TEST(unit_run_case)
 	reactor_run_main(reactor, unit_call_case, (void *)&unit_cases[_i]);
 	reactor_free(reactor);
 	blk_env_fini(&unit_env);
+	conf_free(unit_confs);
 }
 END_TEST
 
