@@ -270,6 +270,7 @@ struct blk {
 	struct blk_listener *listener;
 	struct blk_counters counters;
 	struct co_group in_flight;
+	bool start_failed; /* as in blk_env, for this stack alone: set by stack_open() */
 	bool disconnected; /* calls answer -ESHUTDOWN; also set by a layer whose disk is gone for good */
 	struct co_mutex resizing;
 	unsigned drained;          /* depth of blk_drain_begin() */

@@ -352,7 +352,7 @@ int file_open_blocking(struct file_layer *file, struct err *err)
 
 void file_close_blocking(struct file_layer *file)
 {
-	if (file->created && file->blk.env->start_failed)
+	if (file->created && (file->blk.start_failed || file->blk.env->start_failed))
 		remove_created(file);
 	if (file->sync_fd >= 0)
 		close(file->sync_fd);

@@ -385,7 +385,8 @@ static suspends void memory_close(struct blk *blk)
 		co_suspend();
 
 	pthread_mutex_lock(&disks->lock);
-	bool forget = !disk->name || (memory->created && blk->env->start_failed);
+	bool start_failed = blk->start_failed || blk->env->start_failed;
+	bool forget = !disk->name || (memory->created && start_failed);
 	if (forget && list_empty(&disk->layers))
 		disk_free(disk);
 	pthread_mutex_unlock(&disks->lock);

@@ -252,6 +252,16 @@ static suspends void close_layer(struct blk *blk)
 	free(blk);
 }
 
+/* What blk's open() created, or its children's, goes again when it closes. */
+static void mark_start_failed(struct blk *blk)
+{
+	blk->start_failed = true;
+	list_for_each (item, &blk->extra_children)
+		for (struct blk *child = list_entry(item, struct blk, extra_link); child;
+			child = child->below)
+			mark_start_failed(child);
+}
+
 suspends int blk_open_layer(const struct blk_ops *ops, const struct conf *group,
 	struct blk_env *env, bool read_only, struct blk **top, struct err *err)
 {
@@ -273,6 +283,7 @@ suspends int blk_open_layer(const struct blk_ops *ops, const struct conf *group,
 	if (!ret)
 		ret = settle_caps(blk, read_only, err);
 	if (ret < 0) {
+		mark_start_failed(blk);
 		close_layer(blk);
 		return ret;
 	}
@@ -298,6 +309,8 @@ suspends int stack_open(const struct conf *list, struct blk_env *env, bool read_
 
 		if (blk_open_layer(ops, group, env, read_only, &blk, err) < 0) {
 			layer_error(ops, group, err);
+			for (struct blk *opened = blk; opened; opened = opened->below)
+				mark_start_failed(opened);
 			stack_close(blk);
 			return -err->code;
 		}

@@ -402,6 +402,15 @@ static suspends void a_failed_start_removes_what_it_created(void)
 	stack_close(b);
 	ck_assert(!exists(created));
 	ck_assert(exists(found));
+	unit_env.start_failed = false;
+
+	/* The same when only this stack fails, further up. */
+	stack_refused("padded: \"align\"",
+		"padded align=512 | file path=%s create=true size=1M block-size=4K", created);
+	stack_refused("padded: \"align\"",
+		"padded align=512 | file path=%s create=true size=1M block-size=4K", found);
+	ck_assert(!exists(created));
+	ck_assert(exists(found));
 }
 
 static suspends void a_replaced_file_is_not_removed(void)

@@ -41,6 +41,8 @@ static suspends void equals_the_model(void)
 
 	model_init(&model, 1000001);
 	model_run(&model, blk, 2000);
+	ck_assert_int_eq(blk_discard(blk, 0, 1000001, 0), 0);
+	ck_assert_int_eq(status_number(blk, "allocated_bytes"), 0);
 	stack_close(blk);
 	model_fini(&model);
 }
@@ -248,6 +250,11 @@ static suspends void a_failed_start_forgets_what_it_made(void)
 	stack_close(made);
 	ck_assert_int_eq(memory_forget(&unit_env, "made", &err), -ENOENT);
 	ck_assert_int_eq(memory_forget(&unit_env, "kept", &err), 0);
+
+	unit_env.start_failed = false;
+	stack_refused(
+		"padded: \"align\"", "padded align=512 | memory name=made size=1M block-size=4K");
+	ck_assert_int_eq(memory_forget(&unit_env, "made", &err), -ENOENT);
 }
 
 static suspends void refuses_what_cannot_be(void)
