@@ -154,6 +154,8 @@ static suspends int start(struct daemon *daemon, struct err *err)
 	if (ret)
 		return err_sys(err, -ret, "cannot watch for signals");
 	ret = start_exports(daemon, err);
+	if (daemon->stopping)
+		return ret; /* a signal came before anybody was let in */
 	if (!ret)
 		ret = nbd_door_start(daemon->nbd_door, err);
 	if (!ret && daemon->control)

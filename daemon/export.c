@@ -89,6 +89,14 @@ static void end_change(struct export *export)
 
 /* --- size ------------------------------------------------------------------------------------- */
 
+/* The logical block size of the kernel device, attached or not. */
+static uint32_t kernel_block_size(const struct export *export)
+{
+	if (export->config->device_block_size)
+		return (uint32_t) export->config->device_block_size;
+	return MIN(MAX(export->block_size, KERNEL_BLOCK_SIZE_MIN), KERNEL_BLOCK_SIZE_MAX);
+}
+
 static suspends int tell_kernel(struct export *export, uint64_t size, struct err *err)
 {
 	if (!export->kernel || export->kernel_size == size)
@@ -150,6 +158,11 @@ static suspends int resize(struct export *export, uint64_t size, bool force, str
 	if (size > BLK_SIZE_MAX)
 		return err_set(err, EFBIG, "export \"%s\": the size is beyond all bounds", name);
 	call.len = size = round_up(size, export->block_size);
+	if (export->kernel && !is_aligned(size, kernel_block_size(export)))
+		return err_set(err, EINVAL,
+			"export \"%s\": %" PRIu64
+			" bytes is no multiple of the kernel device's block size, %u",
+			name, size, kernel_block_size(export));
 	if (size < old_size) {
 		if (!force)
 			return err_set(err, EINVAL,
@@ -277,13 +290,6 @@ void export_report_stuck(struct export *export)
 }
 
 /* --- the kernel device ------------------------------------------------------------------------ */
-
-static uint32_t kernel_block_size(const struct export *export)
-{
-	if (export->config->device_block_size)
-		return (uint32_t) export->config->device_block_size;
-	return MIN(MAX(export->block_size, KERNEL_BLOCK_SIZE_MIN), KERNEL_BLOCK_SIZE_MAX);
-}
 
 static suspends int attach(struct export *export, const char *device, struct err *err)
 {
