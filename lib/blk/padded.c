@@ -6,6 +6,9 @@
  * there first grows what is below to the size seen (grow = true), or fails with -ENOSPC and writes
  * nothing. What is below may also be grown by others; it is never hidden: the size seen is the larger one.
  *
+ * It takes requests as they come, and leaves to what is below to align and split them: so a write is
+ * refused whole. All sizes are multiples of the block size below, though.
+ *
  * A resize changes what is below; of a shrink that stays beyond its end only the padding is affected.
  */
 #include <errno.h>
@@ -72,13 +75,16 @@ static int padded_check(const struct blk *blk, struct err *err)
 static suspends int padded_open(struct blk *blk, struct err *err)
 {
 	struct padded *padded = to_padded(blk);
+	uint32_t block_size = blk_caps(blk->below)->block_size;
 
 	co_mutex_init(&padded->growing);
-	if (padded->align && padded->align < blk->caps.block_size)
+	if (padded->align && padded->align < block_size)
 		return err_set(err, EINVAL, "\"align\" is less than the block size below it, %u",
-			blk->caps.block_size);
+			block_size);
 	blk->caps.size = padded_size(blk);
-	return blk_check_size(blk->conf, padded->size, blk->caps.block_size, err);
+	blk->caps.block_size = blk->caps.mem_align = 1;
+	blk->caps.max_request = BLK_REQUEST_MAX;
+	return blk_check_size(blk->conf, padded->size, block_size, err);
 }
 
 static suspends int padded_read(struct blk *blk, uint64_t off, void *buf, size_t len)
@@ -147,6 +153,7 @@ static suspends int padded_resize(struct blk *blk, uint64_t size, unsigned flags
 	uint64_t old_size = padded->size;
 	int ret = 0;
 
+	size = round_up(size, blk_caps(blk->below)->block_size);
 	if (!padded->align)
 		padded->size = size;
 	if (size < below_size(blk) || size > blk->caps.size)
