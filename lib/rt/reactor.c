@@ -342,6 +342,7 @@ int reactor_create(struct reactor **created, const char *engine_name, struct err
 	list_init(&reactor->ready);
 	list_init(&reactor->deferred);
 	list_init(&reactor->posted);
+	buf_pool_init(&reactor->bufs);
 	pthread_mutex_init(&reactor->posted_mutex, NULL);
 	reactor->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
 	reactor->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);

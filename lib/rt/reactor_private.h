@@ -30,12 +30,15 @@ void co_pool_fini(struct co_pool *pool); /* none may be suspended */
 void co_resume(struct list *link);
 
 /* buf.c: buffers for reuse, a LIFO list per power of two from 4 KiB to BUF_POOLED_MAX_BYTES. */
-enum { BUF_SHELVES = 7 };
+enum { BUF_SHELVES = 11 };
 struct buf_pool {
 	void *free[BUF_SHELVES];
 	size_t kept_bytes;
+	size_t unused_bytes; /* the least that was kept since the last trim: nobody needed it */
+	struct timer trim;
 };
 
+void buf_pool_init(struct buf_pool *pool);
 void buf_pool_fini(struct buf_pool *pool);
 
 #define REACTOR_EVENTS_MAX 64

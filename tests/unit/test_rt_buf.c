@@ -8,11 +8,12 @@
 #include "rt/reactor_private.h"
 #include "tests/unit/testing.h"
 
-#define BUF_COUNT    64
-#define STEP_COUNT   3000
-#define MAX_BYTES    (1024 * 1024)
-#define PAGE_BYTES   4096
-#define STRIDE_BYTES 1021
+#define BUF_COUNT      64
+#define STEP_COUNT     3000
+#define MAX_BYTES      (8 * 1024 * 1024)
+#define PAGE_BYTES     4096
+#define MAX_KEPT_BYTES (1024 * 1024)
+#define STRIDE_BYTES   1021
 
 struct held {
 	unsigned char *buf, mark;
@@ -85,6 +86,36 @@ START_TEST(the_buffer_last_used_is_used_next)
 	test_run_co(reuse, NULL);
 }
 END_TEST
+
+static suspends void use_and_rest(void *arg)
+{
+	struct buf_pool *pool = &reactor_current->bufs;
+	void *bufs[8];
+
+	for (size_t i = 0; i < ARRAY_LEN(bufs); i++)
+		bufs[i] = buf_get(MAX_KEPT_BYTES);
+	for (size_t i = 0; i < ARRAY_LEN(bufs); i++)
+		buf_put(bufs[i], MAX_KEPT_BYTES);
+	ck_assert_uint_eq(pool->kept_bytes, ARRAY_LEN(bufs) * MAX_KEPT_BYTES);
+	/* Needed all the time: kept. */
+	for (int i = 0; i < 3; i++) {
+		for (size_t n = 0; n < ARRAY_LEN(bufs); n++)
+			bufs[n] = buf_get(MAX_KEPT_BYTES);
+		co_sleep_ns(500 * NS_PER_MS);
+		for (size_t n = 0; n < ARRAY_LEN(bufs); n++)
+			buf_put(bufs[n], MAX_KEPT_BYTES);
+		ck_assert_uint_eq(pool->kept_bytes, ARRAY_LEN(bufs) * MAX_KEPT_BYTES);
+	}
+	while (pool->kept_bytes > BUF_POOL_REST_BYTES)
+		co_sleep_ns(100 * NS_PER_MS);
+	ck_assert_uint_eq(pool->trim.heap_index, TIMER_IDLE);
+}
+
+START_TEST(what_nobody_needs_is_given_back)
+{
+	test_run_co(use_and_rest, NULL);
+}
+END_TEST
 #endif
 
 static void fill(TCase *tcase)
@@ -92,6 +123,7 @@ static void fill(TCase *tcase)
 	tcase_add_test(tcase, buffers_are_aligned_and_disjoint_and_what_is_kept_is_bounded);
 #ifndef __SANITIZE_ADDRESS__
 	tcase_add_test(tcase, the_buffer_last_used_is_used_next);
+	tcase_add_test(tcase, what_nobody_needs_is_given_back);
 #endif
 }
 
