@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 
-BUILD = os.environ['BUILD']
+import rig
+from rig import BUILD
+
 SCRATCH = os.environ['SCRATCH']
 CTL = f'{BUILD}/blkstackctl'
 DEADLINE_S = 60  # reached only when a test fails
@@ -37,33 +39,22 @@ def wait_until(condition, what):
         time.sleep(0.01)
 
 
-class Daemon:
+class Daemon(rig.Daemon):
     """A blkstackd with a config of its own in SCRATCH. exports and settings are config text."""
 
-    def __init__(self, exports, settings='', name='d', wrapper=(), start=True):
+    def __init__(self, exports, settings='', name='d', start=True):
         self.control = f'{SCRATCH}/{name}.control'
         self.nbd = f'{SCRATCH}/{name}.nbd'
         self.config = f'{SCRATCH}/{name}.conf'
-        self.log = f'{SCRATCH}/{name}.log'
-        self.wrapper = list(wrapper)
-        self.process = None
         with open(self.config, 'w', encoding='utf-8') as file:
             file.write(f'control = "{self.control}";\nlisten = "unix:{self.nbd}";\n{settings}\n'
                        f'exports = ( {exports} );\n')
         if start:
             self.start()
 
-    def start(self):
-        log = open(self.log, 'ab')
-        self.process = subprocess.Popen([*self.wrapper, f'{BUILD}/blkstackd', '--config', self.config],
-                                        stderr=log)
+    def start(self, **kwargs):
+        super().__init__(self.config, **kwargs)
         atexit.register(self.process.kill)
-        wait_until(lambda: self.process.poll() is not None or 'is ready' in self.log_text(), 'ready')
-        check(self.process.poll() is None, 'the daemon ended:\n' + self.log_text())
-
-    def log_text(self):
-        with open(self.log, encoding='utf-8', errors='replace') as file:
-            return file.read()
 
     def ctl(self, *words, **kwargs):
         return ctl('--socket', self.control, *words, **kwargs)
@@ -78,8 +69,7 @@ class Daemon:
         return f'nbd+unix:///{export}?socket={self.nbd}'
 
     def stop(self):
-        self.process.terminate()
-        equal(self.process.wait(DEADLINE_S), 0, 'exit status of the daemon:\n' + self.log_text())
+        equal(super().stop(), 0, 'exit status of the daemon:\n' + self.log())
 
 
 def ctl(*words, wrapper=(), stdout=subprocess.PIPE, **kwargs):

@@ -616,6 +616,26 @@ SERVICE_TEST(a_newcomer_is_refused_when_all_are_busy)
 		stream_fini(&others[i]);
 }
 
+SERVICE_TEST(a_flood_of_calls_starves_nobody)
+{
+	enum { CALLS = 500 };
+	static char flood[CALLS][sizeof(ECHO_HI)];
+	struct stream other;
+	char byte;
+
+	for (int i = 0; i < CALLS; i++)
+		memcpy(flood[i], ECHO_HI, sizeof(ECHO_HI));
+	connect_client(fixture, &other);
+	send_bytes(fixture, flood[0], sizeof(flood));
+	struct iovec iov = { .iov_base = flood[0], .iov_len = sizeof(flood[0]) };
+	ck_assert_int_eq(stream_send(&other, &iov, 1, reactor_now_ns() + WAIT_NS), 0);
+	ck_assert_int_eq(stream_recv(&other, &byte, 1, reactor_now_ns() + WAIT_NS), 1);
+	ck_assert_uint_lt(fixture->calls, CALLS);
+	for (int i = 0; i < CALLS; i++)
+		expect(fixture, ECHO_HI_BACK);
+	stream_fini(&other);
+}
+
 suspends static void open_gate(void *arg)
 {
 	struct fixture *fixture = arg;
@@ -669,6 +689,7 @@ int main(void)
 	tcase_add_test(tcase, a_silent_peer_is_not_dropped);
 	tcase_add_test(tcase, the_most_silent_peer_makes_room);
 	tcase_add_test(tcase, a_newcomer_is_refused_when_all_are_busy);
+	tcase_add_test(tcase, a_flood_of_calls_starves_nobody);
 	tcase_add_test(tcase, stopping_lets_calls_be_answered);
 	suite_add_tcase(suite, tcase);
 
