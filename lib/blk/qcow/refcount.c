@@ -286,6 +286,26 @@ static suspends int claim(struct qcow *q, uint64_t index, uint64_t count)
 	return 0;
 }
 
+/* The new block counts itself. From the table entry on nothing suspends: a commit takes both or neither. */
+static suspends int link_own_refblock(struct qcow *q, uint64_t region, uint64_t index)
+{
+	uint64_t host_off = index << q->cluster_bits;
+	uint64_t in_region = index & ((UINT64_C(1) << q->refblock_bits) - 1);
+	uint64_t slice_off = in_region / counts_per_slice(q) * q->refcount_cache.slice_size;
+	struct slice *slice;
+	int ret = cache_get_new(&q->refcount_cache, host_off + slice_off, &slice);
+
+	if (ret)
+		return ret;
+	q->refcount_table[region] = host_off;
+	count_put(q, slice->data, in_region % counts_per_slice(q), 1);
+	cache_mark_dirty(&q->refcount_cache, slice);
+	cache_put(&q->refcount_cache, slice);
+	q->end_index = MAX(q->end_index, index + 1);
+	q->fresh_index = MAX(q->fresh_index, index + 1);
+	return 0;
+}
+
 /* A refcount block for `region`, at cluster index: in that region itself, or in one that has its block. */
 static suspends int create_refblock(struct qcow *q, uint64_t region, uint64_t index)
 {
@@ -298,12 +318,15 @@ static suspends int create_refblock(struct qcow *q, uint64_t region, uint64_t in
 	if (ret)
 		return ret;
 	cache_forget(&q->refcount_cache, host_off, q->cluster_size);
-	q->refcount_table[region] = host_off;
-	ret = claim(q, index, 1);
-	if (ret) {
-		q->refcount_table[region] = 0;
-		return ret;
+	if (region == region_of(q, index)) {
+		ret = link_own_refblock(q, region, index);
+	} else {
+		ret = claim(q, index, 1);
+		if (!ret)
+			q->refcount_table[region] = host_off;
 	}
+	if (ret)
+		return ret;
 	bitmap_set(q->refcount_table_dirty, region, 1);
 	q->refcount_table_any_dirty = true;
 	cluster_set_add(&q->metadata, index);

@@ -1,0 +1,446 @@
+/*
+ * Power cuts under the qcow layer: whatever subset of the writes that were not yet flushed reaches the
+ * disk, the image is sound and what was flushed is there.
+ *
+ * A run works on an image through a fault layer that logs every change (fault.h). Then, for many moments
+ * of the log, a disk is made as it could be after a power cut at that moment: what a flush made
+ * durable is there; of the rest, each sector of each write is there or not, at random. On it qemu-img check must
+ * find no error (leaks are allowed), and each sector of the disk reads as what was last flushed before the cut,
+ * or as something written later, or as zeroes if something was written later.
+ *
+ * Every sector written carries its number and a generation, so what is read tells when it was written, and
+ * data of another sector is noticed. Requests that overlap are serialized by the test.
+ */
+#include <errno.h>
+#include <sys/stat.h>
+
+#include "base/util.h"
+#include "blk/fault.h"
+#include "co_test.h"
+#include "qcow_images.h"
+#include "seed.h"
+
+#define DISK_SIZE  (UINT64_C(4) << 20)
+#define SECTOR     512
+#define SECTORS    (DISK_SIZE / SECTOR)
+#define WORKERS    6
+#define OPERATIONS 60 /* per worker */
+#define CUTS       40 /* per kind of image */
+
+/* --- the history of the disk ------------------------------------------------------------------ */
+
+/*
+ * One write to a sector. begin is a position, the length of the log then; ended an event number: what
+ * happens in memory alone leaves the log as it is, but has its order.
+ */
+struct version {
+	uint64_t generation; /* 0: zeroes */
+	uint64_t begin;
+	uint64_t ended; /* event, UINT64_MAX while it runs */
+};
+
+struct history {
+	struct version *versions;
+	size_t count, capacity;
+};
+
+struct flush {
+	uint64_t begun; /* event */
+	uint64_t end;   /* position */
+};
+
+struct crash {
+	struct test_stack stack;
+	struct seed seed;
+	const struct image_kind *kind;
+	uint8_t *base; /* the disk before everything; generation 0 of a history */
+	struct history *sectors;
+	struct flush flushes[WORKERS * OPERATIONS + 1];
+	size_t flush_count;
+	uint64_t generation, last_event;
+	struct range_lock busy;
+	struct co_group workers;
+	int log_fd;
+};
+
+static uint64_t log_position(struct crash *crash)
+{
+	struct stat st;
+
+	ck_assert_int_eq(fstat(crash->log_fd, &st), 0);
+	return (uint64_t)st.st_size;
+}
+
+static void add_version(struct crash *crash, uint64_t sector, uint64_t generation, uint64_t begin)
+{
+	struct history *history = &crash->sectors[sector];
+
+	if (history->count == history->capacity) {
+		history->capacity = history->capacity ? 2 * history->capacity : 4;
+		history->versions = realloc(
+			history->versions, history->capacity * sizeof(*history->versions));
+	}
+	history->versions[history->count++] = (struct version){
+		.generation = generation, .begin = begin, .ended = UINT64_MAX
+	};
+}
+
+static void end_versions(struct crash *crash, uint64_t first, uint64_t count)
+{
+	crash->last_event++;
+	for (uint64_t i = first; i < first + count; i++)
+		crash->sectors[i].versions[crash->sectors[i].count - 1].ended = crash->last_event;
+}
+
+static void make_sector(uint8_t *buf, uint64_t sector, uint64_t generation)
+{
+	uint64_t words[SECTOR / 8];
+
+	for (size_t i = 0; i < ARRAY_LEN(words); i++)
+		words[i] = i % 2 ? generation : ~sector;
+	memcpy(buf, words, sizeof(words));
+}
+
+/* --- the run ---------------------------------------------------------------------------------- */
+
+static suspends void write_sectors(struct crash *crash, uint64_t first, uint64_t count)
+{
+	uint8_t *buf = malloc(count * SECTOR);
+	uint64_t generation = ++crash->generation, begin = log_position(crash);
+	bool fua = !seed_below(&crash->seed, 10);
+
+	for (uint64_t i = 0; i < count; i++) {
+		make_sector(buf + i * SECTOR, first + i, generation);
+		add_version(crash, first + i, generation, begin);
+	}
+	ck_assert_int_eq(
+		blk_write(crash->stack.top, first * SECTOR, buf, count * SECTOR, fua ? BLK_FUA : 0),
+		0);
+	end_versions(crash, first, count);
+	free(buf);
+}
+
+static suspends void clear_sectors(struct crash *crash, uint64_t first, uint64_t count)
+{
+	uint64_t begin = log_position(crash);
+
+	for (uint64_t i = 0; i < count; i++)
+		add_version(crash, first + i, 0, begin);
+	if (seed_below(&crash->seed, 2))
+		ck_assert_int_eq(
+			blk_discard(crash->stack.top, first * SECTOR, count * SECTOR, 0), 0);
+	else
+		ck_assert_int_eq(blk_zero(crash->stack.top, first * SECTOR, count * SECTOR,
+					 seed_below(&crash->seed, 3) ? 0 : BLK_NO_HOLE),
+			0);
+	end_versions(crash, first, count);
+}
+
+static suspends void flush_disk(struct crash *crash)
+{
+	struct flush flush = { .begun = ++crash->last_event };
+
+	ck_assert_int_eq(blk_flush(crash->stack.top), 0);
+	flush.end = log_position(crash);
+	crash->flushes[crash->flush_count++] = flush;
+}
+
+static suspends void worker(void *arg)
+{
+	struct crash *crash = arg;
+
+	for (int i = 0; i < OPERATIONS; i++) {
+		uint64_t count = 1 +
+				 seed_below(&crash->seed, seed_below(&crash->seed, 6) ? 40 : 600);
+		uint64_t first = seed_below(&crash->seed, SECTORS - count);
+		unsigned what = (unsigned)seed_below(&crash->seed, 10);
+		struct range range;
+
+		if (what == 9) {
+			flush_disk(crash);
+			continue;
+		}
+		range_lock_acquire(&crash->busy, &range, first, count, true);
+		if (what < 6)
+			write_sectors(crash, first, count);
+		else
+			clear_sectors(crash, first, count);
+		range_lock_release(&crash->busy, &range);
+	}
+}
+
+/* --- the disk after a power cut --------------------------------------------------------------- */
+
+struct operation {
+	unsigned kind;
+	bool fua;
+	uint64_t id, off, len;
+	const uint8_t *data;
+	uint64_t returned; /* position of its successful return in the log, UINT64_MAX: none */
+	uint64_t begun;
+};
+
+struct log {
+	uint8_t *bytes;
+	uint64_t len;
+	struct operation *operations;
+	size_t count;
+};
+
+static void parse_log(struct log *log, const char *path)
+{
+	FILE *file = fopen(path, "re");
+
+	ck_assert_ptr_nonnull(file);
+	fseek(file, 0, SEEK_END);
+	log->len = (uint64_t)ftell(file);
+	rewind(file);
+	log->bytes = malloc(log->len + 1);
+	ck_assert_uint_eq(fread(log->bytes, 1, log->len, file), log->len);
+	fclose(file);
+	log->operations = calloc(
+		log->len / sizeof(struct fault_log_record) + 1, sizeof(*log->operations));
+	log->count = 0;
+	for (uint64_t at = 0; at + sizeof(struct fault_log_record) <= log->len;) {
+		const struct fault_log_record *record = (const void *)(log->bytes + at);
+		struct operation op = { .kind = be16_get(record->kind),
+			.fua = be16_get(record->flags) & BLK_FUA,
+			.id = be64_get(record->id),
+			.off = be64_get(record->off),
+			.len = be64_get(record->len),
+			.returned = UINT64_MAX,
+			.begun = at };
+
+		at += sizeof(*record);
+		op.data = log->bytes + at;
+		if (op.kind == FAULT_LOG_WRITE)
+			at += op.len;
+		if (op.kind != FAULT_LOG_RETURN) {
+			log->operations[log->count++] = op;
+			continue;
+		}
+		for (size_t i = log->count; i-- > 0;)
+			if (log->operations[i].id == op.id && !op.off) {
+				log->operations[i].returned = at;
+				break;
+			}
+	}
+}
+
+/* The begin of the last flush below that had returned at the cut: what returned before it is durable. */
+static uint64_t durable_before(const struct log *log, uint64_t cut)
+{
+	uint64_t begun = 0;
+
+	for (size_t i = 0; i < log->count; i++)
+		if (log->operations[i].kind == FAULT_LOG_FLUSH &&
+			log->operations[i].returned <= cut)
+			begun = MAX(begun, log->operations[i].begun);
+	return begun;
+}
+
+static void apply_part(uint8_t *disk, const struct operation *op, uint64_t from, uint64_t len)
+{
+	if (op->kind == FAULT_LOG_WRITE)
+		memcpy(disk + op->off + from, op->data + from, len);
+	else
+		memset(disk + op->off + from, 0, len);
+}
+
+/* A disk as it may be after a cut; `survival` of 256 sectors not yet durable are there. */
+static void make_cut_disk(struct crash *crash, const struct log *log, uint64_t cut,
+	const uint8_t *image, uint64_t image_len, unsigned survival)
+{
+	uint64_t durable = durable_before(log, cut), size = image_len, largest = image_len;
+
+	for (size_t i = 0; i < log->count; i++)
+		if (log->operations[i].kind == FAULT_LOG_RESIZE)
+			largest = MAX(largest, log->operations[i].len);
+	uint8_t *disk = calloc(1, largest);
+	memcpy(disk, image, image_len);
+	for (size_t i = 0; i < log->count && log->operations[i].begun < cut; i++) {
+		const struct operation *op = &log->operations[i];
+		bool there = op->returned <= durable || (op->fua && op->returned <= cut);
+
+		if (op->kind == FAULT_LOG_RESIZE)
+			size = op->len; /* a file's length and its content are separate matters; it grows only */
+		if (op->kind > FAULT_LOG_DISCARD)
+			continue;
+		bool whole = seed_below(&crash->seed, 4) < 2,
+		     fate = seed_below(&crash->seed, 256) < survival;
+		for (uint64_t at = 0, step; at < op->len; at += step) {
+			step = MIN(SECTOR - (op->off + at) % SECTOR, op->len - at);
+			if (there || (whole ? fate : seed_below(&crash->seed, 256) < survival))
+				apply_part(disk, op, at, step);
+		}
+	}
+	image_write_file("cut.qcow2", disk, size);
+	free(disk);
+}
+
+/* --- the verdict ------------------------------------------------------------------------------ */
+
+/* Was a version with this content possible for the sector at the cut? */
+static bool sector_allowed(
+	const struct crash *crash, uint64_t sector, const uint8_t *found, uint64_t cut)
+{
+	const struct history *history = &crash->sectors[sector];
+	const uint8_t *base = crash->base + sector * SECTOR;
+	static const uint8_t zeroes[SECTOR];
+	size_t first = 0; /* versions from here on are possible; 0 also stands for the base */
+	uint8_t expected[SECTOR];
+
+	for (size_t f = 0; f < crash->flush_count; f++)
+		for (size_t i = 0; i < history->count && crash->flushes[f].end <= cut; i++)
+			if (history->versions[i].ended < crash->flushes[f].begun)
+				first = MAX(first, i + 1);
+	/* `first` is one more than the index of the version that is guaranteed. */
+	bool later = false;
+	for (size_t i = first ? first - 1 : 0; i < history->count; i++) {
+		const struct version *version = &history->versions[i];
+
+		if (version->begin > cut)
+			break;
+		later |= i + 1 > first;
+		if (version->generation)
+			make_sector(expected, sector, version->generation);
+		else
+			memset(expected, 0, SECTOR);
+		if (!memcmp(found, expected, SECTOR))
+			return true;
+	}
+	if (!first && !memcmp(found, base, SECTOR))
+		return true;
+	return later && !memcmp(found, zeroes, SECTOR);
+}
+
+static void print_history(const struct crash *crash, uint64_t sector)
+{
+	const struct history *history = &crash->sectors[sector];
+
+	for (size_t i = 0; i < history->count; i++)
+		printf("  generation %#llx written from %llu, ended as event %llu\n",
+			(unsigned long long)history->versions[i].generation,
+			(unsigned long long)history->versions[i].begin,
+			(unsigned long long)history->versions[i].ended);
+	for (size_t i = 0; i < crash->flush_count; i++)
+		printf("  flush begun as event %llu, over at %llu\n",
+			(unsigned long long)crash->flushes[i].begun,
+			(unsigned long long)crash->flushes[i].end);
+}
+
+static suspends void verify_cut(struct crash *crash, uint64_t cut)
+{
+	struct test_stack stack;
+	uint8_t *disk = malloc(DISK_SIZE);
+
+	image_check("cut.qcow2", true);
+	test_stack_open(
+		&stack, "( %s, { layer = 'file'; path = 'cut.qcow2' } )", image_layer(crash->kind));
+	ck_assert_int_eq(blk_read(stack.top, 0, disk, DISK_SIZE), 0);
+	for (uint64_t sector = 0; sector < SECTORS; sector++) {
+		const uint64_t *words = (const void *)(disk + sector * SECTOR);
+
+		if (sector_allowed(crash, sector, disk + sector * SECTOR, cut))
+			continue;
+		print_history(crash, sector);
+		ck_abort_msg("%s: after a cut at %llu sector %llu reads %#llx %#llx",
+			crash->kind->name, (unsigned long long)cut, (unsigned long long)sector,
+			(unsigned long long)words[0], (unsigned long long)words[1]);
+	}
+	test_stack_close(&stack);
+	image_check("cut.qcow2", true);
+	free(disk);
+}
+
+static suspends void verify_cuts(struct crash *crash, const uint8_t *image, uint64_t image_len)
+{
+	struct log log;
+
+	parse_log(&log, "changes.log");
+	for (int i = 0; i < CUTS; i++) {
+		uint64_t cut = seed_below(&crash->seed, log.len + 1);
+		static const unsigned survivals[] = { 0, 64, 128, 192, 256 };
+
+		make_cut_disk(crash, &log, cut, image, image_len,
+			survivals[seed_below(&crash->seed, ARRAY_LEN(survivals))]);
+		verify_cut(crash, cut);
+	}
+	free(log.bytes);
+	free(log.operations);
+}
+
+static void fill_random(void *arg, uint8_t *buf, size_t len)
+{
+	seed_fill(arg, buf, len);
+}
+
+static uint8_t *read_file(const char *path, uint64_t *len)
+{
+	struct stat st;
+	FILE *file = fopen(path, "re");
+
+	ck_assert_ptr_nonnull(file);
+	ck_assert_int_eq(fstat(fileno(file), &st), 0);
+	*len = (uint64_t)st.st_size;
+	uint8_t *bytes = malloc(*len);
+	ck_assert_uint_eq(fread(bytes, 1, *len, file), *len);
+	fclose(file);
+	return bytes;
+}
+
+static suspends void run_kind(const struct image_kind *kind, struct seed *seed)
+{
+	struct crash *crash = calloc(1, sizeof(*crash));
+	uint64_t image_len;
+
+	printf("  %s\n", kind->name);
+	fflush(stdout);
+	crash->kind = kind;
+	crash->seed = *seed;
+	crash->base = malloc(DISK_SIZE);
+	crash->sectors = calloc(SECTORS, sizeof(*crash->sectors));
+	image_make(kind, "image.qcow2", crash->base, DISK_SIZE, fill_random, &crash->seed);
+	uint8_t *image = read_file("image.qcow2", &image_len);
+	range_lock_init(&crash->busy);
+	co_group_init(&crash->workers);
+	test_stack_open(&crash->stack,
+		"( %s, { layer = 'fault'; log = 'changes.log'; delay-random-us = 200; seed = %d },"
+		"  { layer = 'file'; path = 'image.qcow2' } )",
+		image_layer(kind), (int)seed_below(&crash->seed, 1 << 30));
+	crash->log_fd = open("changes.log", O_RDONLY | O_CLOEXEC);
+	for (int i = 0; i < WORKERS; i++)
+		co_group_start(&crash->workers, worker, crash);
+	co_group_wait(&crash->workers);
+	test_stack_close(&crash->stack);
+	close(crash->log_fd);
+	verify_cuts(crash, image, image_len);
+	for (uint64_t i = 0; i < SECTORS; i++)
+		free(crash->sectors[i].versions);
+	free(crash->sectors);
+	free(crash->base);
+	free(image);
+	*seed = crash->seed;
+	free(crash);
+}
+
+CO_TEST(test_power_cuts)
+{
+	const char *only = getenv("KIND");
+	struct seed seed = seed_start("qcow power cuts");
+
+	for (size_t i = 0; i < IMAGE_KINDS; i++)
+		if (!only || !strcmp(only, image_kinds[i].name))
+			run_kind(&image_kinds[i], &seed);
+}
+
+int main(void)
+{
+	Suite *suite = suite_create("qcow crash");
+	TCase *tcase = tcase_create("crash");
+
+	tcase_set_timeout(tcase, 280);
+	tcase_add_test(tcase, test_power_cuts);
+	suite_add_tcase(suite, tcase);
+	return co_test_suite(suite);
+}
