@@ -14,6 +14,12 @@
 #include "base/util.h"
 #include "nbd/conn.h"
 
+/*
+ * What a unix socket holds for the client to fetch: with the system's 208 KiB a reply of 1 MiB takes five
+ * turns of the reactor and a quarter more processor time. TCP finds its own size.
+ */
+#define UNIX_SEND_BUFFER_BYTES (512 << 10)
+
 const struct nbd_limits nbd_limits_default = {
 	.handshake_ns = 10 * NS_PER_SEC,
 	.linger_ns = 30 * NS_PER_SEC,
@@ -85,6 +91,19 @@ static struct nbd_conn *conn_create(struct nbd_export *export, const struct nbd_
 	return conn;
 }
 
+static void enlarge_send_buffer(int fd)
+{
+	const int bytes = UNIX_SEND_BUFFER_BYTES;
+	socklen_t domain_len = sizeof(int);
+	int domain;
+
+	if (getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &domain_len) || domain != AF_UNIX)
+		return;
+	/* Above the system's limit only with privileges; else as far as it goes. */
+	if (setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &bytes, sizeof(bytes)))
+		setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes));
+}
+
 /* Reads no more requests; those that were read are answered. */
 static void conn_stop(struct nbd_conn *conn)
 {
@@ -134,6 +153,7 @@ suspends int nbd_serve(struct nbd_export *export, int fd, const struct nbd_limit
 		conn_free(conn);
 		return ret;
 	}
+	enlarge_send_buffer(fd);
 	list_push_back(&export->conns, &conn->link);
 	co_group_enter(&export->serving);
 	ret = nbd_receive_requests(conn);
