@@ -118,7 +118,7 @@ static enum ctl_exit parse_new_size(
 	struct ctl *ctl, const char *name, const char *text, uint64_t *size_bytes)
 {
 	char sign = *text == '+' || *text == '-' ? *text : 0;
-	uint64_t amount_bytes, now_bytes;
+	uint64_t amount_bytes, now_bytes = 0;
 	enum ctl_exit status = parse_size(text + (sign != 0), &amount_bytes);
 
 	if (!status && sign)
