@@ -90,8 +90,15 @@ struct open_job {
 static void open_job(void *arg)
 {
 	struct open_job *job = arg;
+	struct file_layer *file = job->file;
+	bool direct = file->cache == FILE_CACHE_DIRECT;
 
-	job->result = file_open_blocking(job->file, job->err);
+	job->result = file_open_blocking(file, job->err);
+	if (job->result)
+		return;
+	io_file_init(&file->io, file->fd, direct);
+	if (file->sync_fd >= 0)
+		io_file_init(&file->sync_io, file->sync_fd, false);
 }
 
 static suspends int file_open(struct blk *blk, struct err *err)
@@ -102,11 +109,7 @@ static suspends int file_open(struct blk *blk, struct err *err)
 	file->fd = file->sync_fd = -1;
 	co_mutex_init(&file->flushing);
 	co_offload(open_job, &job);
-	if (job.result)
-		return job.result;
-	io_file_init(&file->io, file->fd, file->cache == FILE_CACHE_DIRECT);
-	io_file_init(&file->sync_io, file->sync_fd, file->cache == FILE_CACHE_DIRECT);
-	return 0;
+	return job.result;
 }
 
 static void close_job(void *arg)

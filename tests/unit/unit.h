@@ -14,6 +14,7 @@
 #pragma once
 
 #include <check.h>
+#include <dirent.h>
 #include <ftw.h>
 #include <pthread.h>
 #include <stdarg.h>
@@ -152,7 +153,18 @@ static inline suspends struct blk *stack(const char *format, ...)
 	return top;
 }
 
-/* Opening fails, with a text that contains `expected`. */
+static inline unsigned count_open_files(void)
+{
+	DIR *folder = opendir("/proc/self/fd");
+	unsigned count = 0;
+
+	while (readdir(folder))
+		count++;
+	closedir(folder);
+	return count;
+}
+
+/* Opening fails, with a text that contains `expected`, and leaves no file open. */
 static inline suspends void stack_refused(const char *expected, const char *format, ...)
 {
 	char text[1024];
@@ -162,8 +174,10 @@ static inline suspends void stack_refused(const char *expected, const char *form
 	va_start(ap, format);
 	vsnprintf(text, sizeof(text), format, ap);
 	va_end(ap);
+	unsigned files_before = count_open_files();
 	struct blk *top = stack_try(&err, text);
 	ck_assert_msg(!top, "%s: opened", text);
+	ck_assert_uint_eq(count_open_files(), files_before);
 	ck_assert_msg(strstr(err.text, expected) != NULL, "%s: \"%s\" lacks \"%s\"", text, err.text,
 		expected);
 }
