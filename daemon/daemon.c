@@ -123,27 +123,31 @@ static void end_reactors(struct daemon *daemon)
 
 /* --- start ------------------------------------------------------------------------------------ */
 
-static suspends int start_export(
-	struct daemon *daemon, const struct config_export *config, struct err *err)
-{
-	struct export *export;
-	int ret = export_start(daemon, config, &export, err);
-
-	if (ret || !*config->device)
-		return ret;
-	ret = export_attach(export, NULL, err);
-	if (ret)
-		err_place(err, conf_get(config->conf, "device")->where);
-	return ret;
-}
-
 static suspends int start_exports(struct daemon *daemon, struct err *err)
 {
 	const struct config *config = daemon->config;
 	int ret = 0;
 
-	for (size_t i = 0; i < config->export_count && !ret && !daemon->stopping; i++)
-		ret = start_export(daemon, &config->exports[i], err);
+	for (size_t i = 0; i < config->export_count && !ret && !daemon->stopping; i++) {
+		struct export *export;
+		ret = export_start(daemon, &config->exports[i], &export, err);
+	}
+	return ret;
+}
+
+/* After all stacks are open: so that no device appears for a start that fails on a disk. */
+static suspends int attach_devices(struct daemon *daemon, struct err *err)
+{
+	int ret = 0;
+
+	list_for_each (link, &daemon->exports) {
+		struct export *export = list_entry(link, struct export, link);
+		if (ret || daemon->stopping || !*export->config->device)
+			continue;
+		ret = export_attach(export, NULL, err);
+		if (ret)
+			err_place(err, conf_get(export->config->conf, "device")->where);
+	}
 	return ret;
 }
 
@@ -154,6 +158,8 @@ static suspends int start(struct daemon *daemon, struct err *err)
 	if (ret)
 		return err_sys(err, -ret, "cannot watch for signals");
 	ret = start_exports(daemon, err);
+	if (!ret)
+		ret = attach_devices(daemon, err);
 	if (daemon->stopping)
 		return ret; /* a signal came before anybody was let in */
 	if (!ret)
