@@ -106,7 +106,7 @@ $(UNITS) $(HELPERS): $O/%: $O/%.o $O/libblkstack.a
 
 # What the control interface is described by is linked in as it stands.
 $O/daemon/control.o: daemon/org.blkstack.varlink
-$O/tests/unit/test_varlink: $O/daemon/varlink.o
+$O/tests/unit/test_varlink $O/tests/fuzz/varlink: $O/daemon/varlink.o
 
 $O/tests/helpers/kernel-device: $(patsubst %,$O/daemon/kernel-%.o,dev sysfs users)
 
@@ -116,7 +116,7 @@ $(BENCHES): $O/%: $O/%.o $(BENCH_OBJ)
 
 $(FUZZERS): $O/%: $O/%.o $O/libblkstack.a
 	$(call say,LD,$@)
-	$Q$(CC) $(ALL_CFLAGS) -fsanitize=fuzzer $(LDFLAGS) -o $@ $^ $(LDLIBS)
+	$Q$(CC) $(ALL_CFLAGS) -fsanitize=fuzzer $(LDFLAGS) -o $@ $(filter %.o,$^) $(filter %.a,$^) $(LDLIBS)
 
 # make BUILD=fuzz fuzz: every fuzzer for FUZZ_S seconds; what it finds is left in the build folder.
 FUZZ_S ?= 60
