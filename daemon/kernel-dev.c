@@ -139,6 +139,8 @@ static int open_device(struct kernel_dev *dev, struct err *err)
 				: "no such device: the driver was loaded with fewer (nbds_max)");
 	if (exclusive < 0)
 		return err_sys(err, errno, "open");
+	if (!kernel_sysfs_is_idle(dev->name))
+		return busy(dev->name, err);
 	dev->fd = open(path, O_RDONLY | O_CLOEXEC);
 	return dev->fd < 0 ? err_sys(err, errno, "open") : 0;
 }
@@ -218,8 +220,6 @@ static int claim_first_free(struct kernel_dev *dev, int *reason, struct err *err
 		return ret;
 	for (size_t i = 0; i < count; i++) {
 		snprintf(dev->name, sizeof(dev->name), "nbd%u", indices[i]);
-		if (!kernel_sysfs_is_idle(dev->name))
-			continue;
 		ret = run_device(dev, reason, err);
 		if (ret != -EBUSY && ret != -ENODEV)
 			return ret ? err_wrap(err, "/dev/%s", dev->name) : 0;

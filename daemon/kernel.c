@@ -98,16 +98,20 @@ static suspends int call_blocking(struct call *call)
 
 /* --- the end of a device ---------------------------------------------------------------------- */
 
+static const char *end_text(const struct kernel_door *door)
+{
+	return door->end_reason ? strerror(door->end_reason)
+				: "another program disconnected it, or its connection broke";
+}
+
 static void door_ended(struct task *task)
 {
 	struct kernel_door *door = container_of(task, struct kernel_door, ended_task);
 
 	door->ended = true;
 	if (!door->detaching)
-		log_error("export \"%s\": %s was disconnected by the kernel: %s", door->nbd->name,
-			door->device,
-			door->end_reason ? strerror(door->end_reason)
-					 : "somebody asked for it (nbd-client -d?)");
+		log_error("export \"%s\": %s is lost: %s", door->nbd->name, door->device,
+			end_text(door));
 	co_queue_wake_all(&door->end);
 }
 
@@ -252,8 +256,7 @@ suspends int kernel_attach(
 	if (!ret && call_blocking(&settle))
 		log_warning("export \"%s\": %s", new->nbd->name, unsettled.text);
 	if (!ret && new->ended)
-		ret = err_set(err, EIO, "%s: the kernel gave it up at once: %s", new->device,
-			strerror(new->end_reason));
+		ret = err_set(err, EIO, "%s is lost already: %s", new->device, end_text(new));
 	if (ret) {
 		door_free(new);
 		return ret;
@@ -295,7 +298,7 @@ suspends int kernel_resize(struct kernel_door *door, uint64_t size_bytes, struct
 	int ret;
 
 	if (door->ended)
-		return err_set(err, ENODEV, "%s was disconnected by the kernel", door->device);
+		return err_set(err, ENODEV, "%s is lost: %s", door->device, end_text(door));
 	ret = call_blocking(&resize);
 	if (!ret)
 		door->opts.size_bytes = size_bytes;
@@ -316,9 +319,7 @@ json_t *kernel_status(const struct kernel_door *door)
 	json_object_set_new(object, "device", json_string(door->device));
 	json_object_set_new(object, "state", json_string(door->ended ? "lost" : "attached"));
 	if (door->ended)
-		json_object_set_new(object, "reason",
-			json_string(door->end_reason ? strerror(door->end_reason)
-						     : "disconnected by somebody else"));
+		json_object_set_new(object, "reason", json_string(end_text(door)));
 	json_object_set_new(object, "size", json_integer((json_int_t)door->opts.size_bytes));
 	json_object_set_new(object, "block_size", json_integer(door->opts.block_size));
 	json_object_set_new(
