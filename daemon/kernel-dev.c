@@ -37,15 +37,23 @@
 #include "base/cleanup.h"
 #include "base/util.h"
 #include "daemon/kernel-users.h"
+#include "rt/buf.h"
 
 #define START_TIMEOUT_MS 10000 /* for DO_IT to begin: it takes microseconds on a healthy kernel */
 #define END_TIMEOUT_MS   10000 /* for the server to close its end and DO_IT to return */
 #define OPENERS_TIMEOUT_MS \
 	2000 /* udev and friends look at a device for a moment after each change */
-#define POLL_STEP_MS    2
-#define MAX_REQUEST_KIB 4096 /* larger requests gain nothing, and cost memory per request */
-#define BLOCK_SIZE_MIN  512
-#define BLOCK_SIZE_MAX  4096
+#define POLL_STEP_MS   2
+#define BLOCK_SIZE_MIN 512
+#define BLOCK_SIZE_MAX 4096
+
+/*
+ * Without us: 128 (Linux 6.1) or 1280 (6.12). Each request larger than our pooled buffers costs fresh memory,
+ * a multiple of what it saves: sequential reads were three times slower at 1024 (user-mode Linux).
+ * Reading ahead by several requests hides the way to the server and back: twice as fast as 128.
+ */
+#define MAX_REQUEST_KIB (BUF_POOLED_MAX_BYTES / 1024)
+#define READ_AHEAD_KIB  "1024"
 
 /*
  * Not CAN_MULTI_CONN: there is one connection. WRITE_ZEROES means something since Linux 6.8, where a
@@ -397,6 +405,7 @@ int kernel_dev_settle(struct kernel_dev *dev, struct err *err)
 	kernel_sysfs_number(dev->name, "queue/max_hw_sectors_kb", &limit_kib);
 	snprintf(number, sizeof(number), "%u", (unsigned)MIN(limit_kib, (uint64_t)MAX_REQUEST_KIB));
 	set_queue(dev, "queue/max_sectors_kb", number, &first);
+	set_queue(dev, "queue/read_ahead_kb", READ_AHEAD_KIB, &first);
 	set_queue(dev, "queue/scheduler", "none", &first);
 	set_queue(dev, "queue/rotational", "0", &first);
 
