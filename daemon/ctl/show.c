@@ -102,7 +102,7 @@ static void show_list_line(const json_t *export, int name_columns, int device_co
 	size_t i;
 
 	print_padded(get_text(export, "name"), name_columns);
-	printf("  %10s  %s  ", units_format_size(get_number(export, "size"), size),
+	printf("  %10s  %-4s  ", units_format_size(get_number(export, "size"), size),
 		get_flag(export, "read_only") ? "ro" : "rw");
 	print_padded(device ? device : "-", device_columns);
 	printf("  %7llu  ", (unsigned long long)get_number(export, "clients"));
@@ -125,7 +125,7 @@ void show_list(const json_t *exports)
 				device_columns, columns_of(get_text(export, "device")));
 	}
 	print_padded("NAME", name_columns);
-	printf("  %10s      ", "SIZE");
+	printf("  %10s  MODE  ", "SIZE");
 	print_padded("DEVICE", device_columns);
 	printf("  CLIENTS  LAYERS\n");
 	json_array_foreach(exports, i, export) show_list_line(export, name_columns, device_columns);
@@ -251,9 +251,11 @@ static void show_last_error(const char *prefix, const json_t *error)
 		return;
 	if (localtime_r(&when, &tm))
 		strftime(time_text, sizeof(time_text), "%F %T", &tm);
-	printf("%slast error: %s of %s at %llu: %s, %s\n", prefix, get_text(error, "op"),
-		units_format_size(get_number(error, "len"), size),
-		(unsigned long long)get_number(error, "off"), get_text(error, "text"), time_text);
+	printf("%slast error: %s", prefix, get_text(error, "op"));
+	if (get_number(error, "len"))
+		printf(" of %s at %llu", units_format_size(get_number(error, "len"), size),
+			(unsigned long long)get_number(error, "off"));
+	printf(": %s, %s\n", get_text(error, "text"), time_text);
 }
 
 /* --- status: the tree ------------------------------------------------------------------------- */
@@ -327,7 +329,7 @@ static void show_status(const json_t *status)
 		printf("  %s\n", description);
 	show_kernel(json_object_get(status, "kernel"));
 	show_header();
-	snprintf(name, sizeof(name), "%llu connection%s", (unsigned long long)connections,
+	snprintf(name, sizeof(name), "NBD, %llu connection%s", (unsigned long long)connections,
 		connections == 1 ? "" : "s");
 	show_row("", name, "", json_object_get(nbd, "requests"), get_number(nbd, "errors"));
 	show_layer(json_object_get(status, "stack"), "", "");
