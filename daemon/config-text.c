@@ -9,7 +9,7 @@
  * known here, and what is wrong with it libconfig finds.
  *
  * Failure modes: a file that cannot be read, is none, is too long or holds a NUL; includes nested too
- * deep (or in a circle); a number beyond 64 bits. All of them name file and line.
+ * deep (or in a circle); a number beyond 64 bits; a missing quote. All of them name file and line.
  */
 #include "daemon/config-text.h"
 
@@ -217,8 +217,7 @@ static int copy_file(struct config_text *text, FILE *out, const char *file, cons
 		return err_wrap(err, "%s", asker);
 	for (const char *p = content; !ret && *p;) {
 		reader.number++;
-		bool inside = reader.in_comment || reader.in_string;
-		CLEANUP(free) char *included = inside ? NULL : included_name(p);
+		CLEANUP(free) char *included = reader.in_comment ? NULL : included_name(p);
 		if (included) {
 			ret = copy_included(&reader, included, err);
 			p += strcspn(p, "\n");
@@ -234,12 +233,16 @@ static int copy_file(struct config_text *text, FILE *out, const char *file, cons
 		}
 		if (!p)
 			return -ERANGE;
+		if (reader.in_string)
+			return err_set(err, EINVAL,
+				"%s:%u: a text in quotes does not end on its line", file,
+				reader.number);
 		p += *p == '\n';
 		fputc('\n', out);
 	}
-	if (!ret && (reader.in_comment || reader.in_string))
-		ret = err_set(err, EINVAL, "%s:%u: the file ends inside a %s", file, reader.number,
-			reader.in_comment ? "comment" : "string");
+	if (!ret && reader.in_comment)
+		ret = err_set(
+			err, EINVAL, "%s:%u: the file ends inside a comment", file, reader.number);
 	return ret;
 }
 

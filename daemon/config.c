@@ -127,12 +127,22 @@ static char *place_text(const struct place *place, unsigned line)
 	return where;
 }
 
+/* Errors quote the texts of the config, and are one line each. */
+static bool has_control_character(const char *text)
+{
+	for (; *text; text++)
+		if (iscntrl((unsigned char)*text))
+			return true;
+	return false;
+}
+
 /* `export "db"`, for the items of the list of exports; the caller frees it. */
 static char *export_label(config_setting_t *setting)
 {
 	const char *name;
 	char *label;
-	int len = config_setting_lookup_string(setting, "name", &name)
+	int len = config_setting_lookup_string(setting, "name", &name) &&
+				  !has_control_character(name)
 			  ? asprintf(&label, "export \"%s\"", name)
 			  : asprintf(&label, "export %d", config_setting_index(setting) + 1);
 	if (len < 0)
@@ -149,7 +159,17 @@ static bool is_export(const config_setting_t *setting)
 	       conf_name_equal(config_setting_name(list), "exports");
 }
 
-/* NULL on error. */
+/* NULL on error, as below. */
+static struct conf *convert_string(config_setting_t *setting, const char *where, struct err *err)
+{
+	const char *string = config_setting_get_string(setting);
+
+	if (!has_control_character(string))
+		return conf_new_string(config_setting_name(setting), where, string);
+	err_set(err, EINVAL, "%s: a text holds a control character, such as a tab", where);
+	return NULL;
+}
+
 static struct conf *convert(const struct place *outer, config_setting_t *setting, struct err *err)
 {
 	CLEANUP(free) char *label = is_export(setting) ? export_label(setting) : NULL;
@@ -165,7 +185,7 @@ static struct conf *convert(const struct place *outer, config_setting_t *setting
 	case CONFIG_TYPE_INT64:
 		return conf_new_int(name, where, config_setting_get_int64(setting));
 	case CONFIG_TYPE_STRING:
-		return conf_new_string(name, where, config_setting_get_string(setting));
+		return convert_string(setting, where, err);
 	case CONFIG_TYPE_GROUP:
 		conf = conf_new(CONF_GROUP, name, where);
 		break;
