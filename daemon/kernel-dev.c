@@ -48,12 +48,13 @@
 #define BLOCK_SIZE_MAX 4096
 
 /*
- * Without us: 128 (Linux 6.1) or 1280 (6.12). Each request larger than our pooled buffers costs fresh memory,
- * a multiple of what it saves: sequential reads were three times slower at 1024 (user-mode Linux).
- * Reading ahead by several requests hides the way to the server and back: twice as fast as 128.
+ * Without us 128 (Linux 6.1) or 1280 (6.12). Larger ones gain nothing more, and one that does not fit a
+ * pooled buffer costs fresh memory each time, which makes it several times slower.
  */
-#define MAX_REQUEST_KIB (BUF_POOLED_MAX_BYTES / 1024)
-#define READ_AHEAD_KIB  "1024"
+#define MAX_REQUEST_KIB 1024
+
+_Static_assert(
+	MAX_REQUEST_KIB * 1024 <= BUF_POOLED_MAX_BYTES, "kernel requests fit pooled buffers");
 
 /*
  * Not CAN_MULTI_CONN: there is one connection. WRITE_ZEROES means something since Linux 6.8, where a
@@ -405,7 +406,6 @@ int kernel_dev_settle(struct kernel_dev *dev, struct err *err)
 	kernel_sysfs_number(dev->name, "queue/max_hw_sectors_kb", &limit_kib);
 	snprintf(number, sizeof(number), "%u", (unsigned)MIN(limit_kib, (uint64_t)MAX_REQUEST_KIB));
 	set_queue(dev, "queue/max_sectors_kb", number, &first);
-	set_queue(dev, "queue/read_ahead_kb", READ_AHEAD_KIB, &first);
 	set_queue(dev, "queue/scheduler", "none", &first);
 	set_queue(dev, "queue/rotational", "0", &first);
 
