@@ -359,7 +359,8 @@ static suspends void read_many(void *arg)
 
 START_TEST(more_requests_than_the_ring_holds_all_complete)
 {
-	run_numbered(_i, read_many);
+	if (_i % PLACES != MEMORY) /* nothing goes to the engine there */
+		run_numbered(_i, read_many);
 }
 END_TEST
 
