@@ -68,6 +68,7 @@ static int block_signals(struct daemon *daemon, struct err *err)
 	sigaddset(&set, SIGINT);
 	sigaddset(&set, SIGHUP);
 	signal(SIGPIPE, SIG_IGN);
+	signal(SIGXFSZ, SIG_IGN); /* a file size limit is an error of the write, EFBIG */
 	if (pthread_sigmask(SIG_BLOCK, &set, NULL))
 		return err_sys(err, errno, "cannot block signals");
 	daemon->signals.fd = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
