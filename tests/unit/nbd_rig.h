@@ -28,6 +28,7 @@
 #include "nbd/server.h"
 #include "rt/reactor.h"
 
+#include "conf_build.h"
 #include "seed.h"
 
 #define RIG_WAIT_MS 20000
@@ -45,7 +46,8 @@ struct rig {
 	struct reactor *reactor;
 	struct blk_env env;
 	struct nbd_server server;
-	struct nbd_limits limits; /* for rig_serve() */
+	struct nbd_limits limits;
+	const char *upper_layers; /* of the first export */
 	struct rig_export exports[RIG_EXPORTS];
 	struct co_group clients;
 	int last_ret; /* of the client that left last */
@@ -104,11 +106,8 @@ static suspends void rig_open(void *arg)
 	co_group_init(&rig->clients);
 	for (int i = 0; i < RIG_EXPORTS; i++) {
 		struct rig_export *export = &rig->exports[i];
-		export->stack = conf_new(CONF_LIST, NULL, NULL);
-		struct conf *layer = conf_add(export->stack, conf_new(CONF_GROUP, NULL, NULL));
-
-		conf_add(layer, conf_new_string("layer", NULL, "memory"));
-		conf_add(layer, conf_new_int("size", NULL, (int64_t)RIG_SIZE << i));
+		export->stack = conf_build("( %s { layer = 'memory'; size = %u; } )",
+			i ? "" : rig->upper_layers, RIG_SIZE << i);
 		ck_assert_msg(!stack_open(export->stack, &rig->env, false, &export->top, &err),
 			"%s", err.text);
 		nbd_export_init(&export->nbd, names[i], i ? NULL : "a disk of memory", export->top,
@@ -132,13 +131,15 @@ static suspends void rig_close(void *arg)
 	}
 }
 
-/* limits: NULL for the default ones. Static, since two threads look at it. */
-static inline void rig_start(struct rig *rig, const struct nbd_limits *limits)
+/* limits: NULL for the default ones; upper_layers: of the first export, as text; NULL for none. */
+static inline void rig_start(
+	struct rig *rig, const struct nbd_limits *limits, const char *upper_layers)
 {
 	struct err err;
 
 	memset(rig, 0, sizeof(*rig));
 	rig->limits = limits ? *limits : nbd_limits_default;
+	rig->upper_layers = upper_layers ? upper_layers : "";
 	signal(SIGPIPE, SIG_IGN);
 	ck_assert_int_eq(blk_env_init(&rig->env), 0);
 	ck_assert_msg(!reactor_create(&rig->reactor, "auto", &err), "%s", err.text);

@@ -17,7 +17,7 @@ static void setup(void)
 	limits.requests = 16;
 	limits.buffer_bytes = 1U << 20;
 	limits.linger_ns = 100 * NS_PER_MS;
-	rig_start(&rig, &limits);
+	rig_start(&rig, &limits, NULL);
 	fds_before = rig_open_fds();
 }
 

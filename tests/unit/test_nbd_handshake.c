@@ -8,7 +8,7 @@ static uint8_t data[NBD_OPTION_DATA_MAX_BYTES + 4096];
 
 static void setup(void)
 {
-	rig_start(&rig, NULL);
+	rig_start(&rig, NULL, NULL);
 }
 
 static void teardown(void)
@@ -427,7 +427,7 @@ static void setup_hasty(void)
 	struct nbd_limits limits = nbd_limits_default;
 
 	limits.handshake_ns = 50 * NS_PER_MS;
-	rig_start(&rig, &limits);
+	rig_start(&rig, &limits, NULL);
 }
 
 START_TEST(test_silent_client)
@@ -475,6 +475,15 @@ static suspends void close_server(void *arg)
 	nbd_server_close(&rig.server);
 }
 
+/* With a deadline that does not help. */
+static void setup_patient(void)
+{
+	struct nbd_limits limits = nbd_limits_default;
+
+	limits.handshake_ns = 3600 * NS_PER_SEC;
+	rig_start(&rig, &limits, NULL);
+}
+
 START_TEST(test_server_closes)
 {
 	int fd = greeted(), half = greeted();
@@ -517,7 +526,8 @@ END_TEST
 int main(void)
 {
 	Suite *suite = suite_create("nbd handshake");
-	TCase *normal = tcase_create("normal"), *hasty = tcase_create("hasty");
+	TCase *normal = tcase_create("normal"), *hasty = tcase_create("hasty"),
+	      *patient = tcase_create("patient");
 
 	tcase_add_checked_fixture(normal, setup, teardown);
 	tcase_set_timeout(normal, 60);
@@ -539,13 +549,16 @@ int main(void)
 	tcase_add_test(normal, test_too_many_options);
 	tcase_add_test(normal, test_vanishes);
 	tcase_add_test(normal, test_withdrawn_export);
-	tcase_add_test(normal, test_server_closes);
 	tcase_add_test(normal, test_publish);
 	suite_add_tcase(suite, normal);
 	tcase_add_checked_fixture(hasty, setup_hasty, teardown);
 	tcase_set_timeout(hasty, 60);
 	tcase_add_test(hasty, test_silent_client);
 	suite_add_tcase(suite, hasty);
+	tcase_add_checked_fixture(patient, setup_patient, teardown);
+	tcase_set_timeout(patient, 60);
+	tcase_add_test(patient, test_server_closes);
+	suite_add_tcase(suite, patient);
 
 	SRunner *runner = srunner_create(suite);
 	srunner_run_all(runner, CK_NORMAL);

@@ -10,7 +10,7 @@ static uint8_t *out, *in; /* scratch of the longest request, and more */
 
 static void setup(void)
 {
-	rig_start(&rig, NULL);
+	rig_start(&rig, NULL, NULL);
 	out = malloc(SCRATCH_BYTES);
 	in = malloc(SCRATCH_BYTES);
 	for (size_t i = 0; i < SCRATCH_BYTES; i++)
