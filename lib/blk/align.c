@@ -23,7 +23,7 @@
 #include "blk/call.h"
 #include "rt/buf.h"
 
-#define BOUNCE_MAX_BYTES ((uint32_t)BUF_POOLED_MAX_BYTES)
+#define BOUNCE_MAX_BYTES (256U << 10)
 
 static_assert(BOUNCE_MAX_BYTES >= 2 * BLK_BLOCK_SIZE_MAX, "a write within two blocks is one part");
 

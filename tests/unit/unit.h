@@ -101,6 +101,8 @@ static inline struct conf *unit_value(const char *name, const char *text)
 {
 	if (!strcmp(text, "true") || !strcmp(text, "false"))
 		return conf_new_bool(name, NULL, !strcmp(text, "true"));
+	if (*text && !text[strspn(text, "0123456789")])
+		return conf_new_int(name, NULL, strtoll(text, NULL, 10));
 	return conf_new_string(name, NULL, text);
 }
 
