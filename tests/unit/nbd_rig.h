@@ -1,6 +1,7 @@
 /*
- * What the NBD tests share: a server with memory disks on a reactor thread of its own, and a
- * client that speaks the protocol byte by byte over blocking sockets on the test's thread.
+ * What the NBD tests share: a server with two memory disks, and a client that speaks the protocol byte
+ * by byte over blocking sockets on the test's thread. The server and the first disk have one reactor thread,
+ * the second disk has another.
  *
  * A test that waits for a byte that never comes fails after a generous time instead of hanging.
  */
@@ -37,13 +38,14 @@
 
 struct rig_export {
 	struct nbd_export nbd;
+	struct blk_env *env;
 	struct conf *stack;
 	struct blk *top;
 };
 
 struct rig {
-	pthread_t thread;
-	struct reactor *reactor;
+	pthread_t thread, second_thread;
+	struct reactor *reactor, *second_reactor;
 	struct blk_env env;
 	struct nbd_server server;
 	struct nbd_limits limits;
@@ -96,6 +98,23 @@ static void *rig_thread(void *arg)
 	return NULL;
 }
 
+static suspends void rig_open_disk(void *arg)
+{
+	struct rig_export *export = arg;
+	struct err err;
+
+	ck_assert_msg(
+		!stack_open(export->stack, export->env, false, &export->top, &err), "%s", err.text);
+}
+
+static suspends void rig_close_disk(void *arg)
+{
+	struct rig_export *export = arg;
+
+	ck_assert(list_empty(&export->nbd.conns));
+	stack_close(export->top);
+}
+
 static suspends void rig_open(void *arg)
 {
 	struct rig *rig = arg;
@@ -106,12 +125,14 @@ static suspends void rig_open(void *arg)
 	co_group_init(&rig->clients);
 	for (int i = 0; i < RIG_EXPORTS; i++) {
 		struct rig_export *export = &rig->exports[i];
+		struct reactor *home = i ? rig->second_reactor : rig->reactor;
+
+		export->env = &rig->env;
 		export->stack = conf_build("( %s { layer = 'memory'; size = %u; } )",
 			i ? "" : rig->upper_layers, RIG_SIZE << i);
-		ck_assert_msg(!stack_open(export->stack, &rig->env, false, &export->top, &err),
-			"%s", err.text);
+		co_call_on(home, rig_open_disk, export);
 		nbd_export_init(&export->nbd, names[i], i ? NULL : "a disk of memory", export->top,
-			rig->reactor, false);
+			home, false);
 		ck_assert_msg(!nbd_publish(&rig->server, &export->nbd, &err), "%s", err.text);
 	}
 }
@@ -125,8 +146,7 @@ static suspends void rig_close(void *arg)
 	nbd_server_close(&rig->server);
 	co_group_wait(&rig->clients);
 	for (int i = 0; i < RIG_EXPORTS; i++) {
-		ck_assert(list_empty(&rig->exports[i].nbd.conns));
-		stack_close(rig->exports[i].top);
+		co_call_on(rig->exports[i].nbd.home, rig_close_disk, &rig->exports[i]);
 		conf_free(rig->exports[i].stack);
 	}
 }
@@ -143,7 +163,9 @@ static inline void rig_start(
 	signal(SIGPIPE, SIG_IGN);
 	ck_assert_int_eq(blk_env_init(&rig->env), 0);
 	ck_assert_msg(!reactor_create(&rig->reactor, "auto", &err), "%s", err.text);
-	ck_assert_int_eq(pthread_create(&rig->thread, NULL, rig_thread, rig->reactor), 0);
+	ck_assert_msg(!reactor_create(&rig->second_reactor, "auto", &err), "%s", err.text);
+	ck_assert(!pthread_create(&rig->thread, NULL, rig_thread, rig->reactor));
+	ck_assert(!pthread_create(&rig->second_thread, NULL, rig_thread, rig->second_reactor));
 	rig_run(rig, rig_open, rig);
 }
 
@@ -151,8 +173,11 @@ static inline void rig_stop(struct rig *rig)
 {
 	rig_run(rig, rig_close, rig);
 	reactor_stop(rig->reactor);
+	reactor_stop(rig->second_reactor);
 	pthread_join(rig->thread, NULL);
+	pthread_join(rig->second_thread, NULL);
 	reactor_free(rig->reactor);
+	reactor_free(rig->second_reactor);
 	blk_env_fini(&rig->env);
 }
 

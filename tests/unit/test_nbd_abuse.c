@@ -4,6 +4,7 @@
  * The gate: with the stack drained (blk_drain_begin()) requests stay under way until it is opened again.
  */
 #include <fcntl.h>
+#include <stdatomic.h>
 
 #include "nbd_rig.h"
 
@@ -347,7 +348,7 @@ END_TEST
 
 struct withdrawal {
 	uint64_t grace_ns;
-	volatile bool done;
+	atomic_bool done;
 };
 
 static suspends void withdraw(void *arg)
@@ -382,7 +383,7 @@ START_TEST(test_withdraw_drains)
 	static struct withdrawal withdrawal;
 	int idle = rig_serve(&rig), busy = rig_serve(&rig);
 
-	withdrawal = (struct withdrawal){ .grace_ns = 60 * NS_PER_SEC };
+	withdrawal.grace_ns = 60 * NS_PER_SEC;
 	shut_gate();
 	rig_request(busy, NBD_CMD_WRITE, 0, 1, 0, 4);
 	rig_send(busy, "data", 4);
@@ -407,7 +408,7 @@ START_TEST(test_withdraw_in_the_middle)
 	struct nbd_request_header header = rig_header(NBD_CMD_WRITE, 0, 1, 0, sizeof(payload));
 	int fd = rig_serve(&rig);
 
-	withdrawal = (struct withdrawal){ .grace_ns = 60 * NS_PER_SEC };
+	withdrawal.grace_ns = 60 * NS_PER_SEC;
 	rig_expect_alive(fd);
 	rig_send(fd, &header, sizeof(header));
 	rig_send(fd, payload, 1000);
@@ -427,7 +428,7 @@ START_TEST(test_withdraw_cuts)
 	static struct withdrawal withdrawal;
 	int stuck = rig_serve(&rig), half = rig_serve(&rig);
 
-	withdrawal = (struct withdrawal){ .grace_ns = 20 * NS_PER_MS };
+	withdrawal.grace_ns = 20 * NS_PER_MS;
 	shut_gate();
 	rig_request(stuck, NBD_CMD_READ, 0, 1, 0, 4096);
 	rig_send(half, "\x25\x60", 2);
@@ -439,6 +440,51 @@ START_TEST(test_withdraw_cuts)
 	open_gate();
 	rig_expect_end(stuck);
 	await_done(&withdrawal);
+}
+END_TEST
+
+static suspends void withdraw_second(void *arg)
+{
+	nbd_withdraw(&rig.exports[1].nbd, *(uint64_t *)arg);
+}
+
+static suspends void publish_second(void *arg)
+{
+	struct rig_export *export = &rig.exports[1];
+	struct err err;
+
+	nbd_export_init(&export->nbd, "second", NULL, export->top, rig.second_reactor, false);
+	ck_assert(!nbd_publish(&rig.server, &export->nbd, &err));
+}
+
+/* An export that goes at any moment of a client's way in, and comes again. */
+START_TEST(test_withdraw_meets_arrivals)
+{
+	struct seed seed = seed_start("withdraw meets arrivals");
+	struct nbd_request_header read_request = rig_header(NBD_CMD_READ, 0, 1, 0, 4096);
+	uint8_t handshake[64] = { 0, 0, 0, NBD_FLAG_C_NO_ZEROES }, sink[8192];
+
+	memcpy(handshake + 4, "IHAVEOPT\0\0\0\1\0\0\0\6second", 22);
+	for (unsigned round = 0; round < 200; round++) {
+		uint64_t grace_ns = seed_below(&seed, 2) ? 0 : 5 * NS_PER_MS;
+		int fds[4];
+
+		for (size_t i = 0; i < ARRAY_LEN(fds); i++) {
+			fds[i] = rig_connect(&rig);
+			rig_send(fds[i], handshake, 26);
+			rig_send(
+				fds[i], &read_request, seed_below(&seed, sizeof(read_request) + 1));
+		}
+		if (seed_below(&seed, 2))
+			usleep((unsigned)seed_below(&seed, 300));
+		rig_run(&rig, withdraw_second, &grace_ns);
+		for (size_t i = 0; i < ARRAY_LEN(fds); i++) {
+			while (rig_recv_some(fds[i], sink, sizeof(sink)))
+				;
+			close(fds[i]);
+		}
+		rig_run(&rig, publish_second, NULL);
+	}
 }
 END_TEST
 
@@ -496,6 +542,7 @@ int main(void)
 	tcase_add_test(tcase, test_withdraw_drains);
 	tcase_add_test(tcase, test_withdraw_in_the_middle);
 	tcase_add_test(tcase, test_withdraw_cuts);
+	tcase_add_test(tcase, test_withdraw_meets_arrivals);
 	tcase_add_test(tcase, test_status);
 	suite_add_tcase(suite, tcase);
 
