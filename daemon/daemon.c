@@ -7,9 +7,10 @@
  * does, with env.start_failed set: files that were created are removed again.
  *
  * Stop: no new clients, no new calls; calls and requests under way finish; exports close side by side.
- * At the deadline (stop-timeout) connections are cut, and what is still stuck then is named, and given
- * up STOP_LAST_WAIT later: a process that never ends is worse, for the service manager would kill it
- * without a word. Exports that could be closed are closed by then.
+ * At the deadline (stop-timeout) connections are cut, and what is still stuck then is named. Requests that
+ * cannot even finish after STOP_STEP more are given up: a process that never ends is worse, for the
+ * service manager would kill it without a word. An export that is past them, and takes its time to
+ * flush, is never given up.
  */
 #include "daemon/daemon.h"
 
@@ -30,7 +31,7 @@
 #include "daemon/kernel.h"
 #include "daemon/nbd_door.h"
 
-#define STOP_LAST_WAIT_NS (5 * NS_PER_SEC)
+#define STOP_STEP_NS (5 * NS_PER_SEC)
 
 /* --- signals ---------------------------------------------------------------------------------- */
 
@@ -181,55 +182,64 @@ static suspends int start(struct daemon *daemon, struct err *err)
 /* --- stop ------------------------------------------------------------------------------------- */
 
 struct stopping {
-	struct export *export;
-	uint64_t grace_ns;
+	struct daemon *daemon;
+	struct export *export; /* NULL: the control socket */
 };
+
+static uint64_t stop_timeout_ns(const struct daemon *daemon)
+{
+	return (uint64_t)daemon->config->stop_timeout_s * NS_PER_SEC;
+}
 
 static suspends void stop_one(void *arg)
 {
 	struct stopping *stopping = arg;
 
-	export_stop(stopping->export, stopping->grace_ns);
+	if (stopping->export)
+		export_stop(stopping->export, stop_timeout_ns(stopping->daemon));
+	else if (stopping->daemon->control)
+		control_stop(stopping->daemon->control);
 }
 
 static void stop_is_late(struct timer *timer)
 {
 	struct daemon *daemon = container_of(timer, struct daemon, stop_late);
+	bool flushing = false;
 
-	if (reactor_now_ns() >= daemon->stop_deadline_ns + STOP_LAST_WAIT_NS) {
+	list_for_each (link, &daemon->closing)
+		flushing = flushing || list_entry(link, struct export, link)->drained;
+	if (!flushing && reactor_now_ns() >= daemon->stop_deadline_ns + STOP_STEP_NS) {
 		log_error("giving up on what is stuck; ending without closing it");
 		_exit(EXIT_FAILURE);
 	}
 	list_for_each (link, &daemon->closing)
 		export_report_stuck(list_entry(link, struct export, link));
-	timer_arm(timer, daemon->stop_deadline_ns + STOP_LAST_WAIT_NS);
+	timer_arm(timer, reactor_now_ns() + STOP_STEP_NS);
 }
 
 static suspends void stop(struct daemon *daemon)
 {
-	uint64_t timeout_ns = (uint64_t)daemon->config->stop_timeout_s * NS_PER_SEC;
-	unsigned export_count = 0;
+	unsigned count = 1;
 	struct co_group group;
 
 	daemon->stopping = true;
 	sd_notify(0, "STOPPING=1\nSTATUS=Finishing requests in flight");
-	daemon->stop_deadline_ns = reactor_now_ns() + timeout_ns;
+	daemon->stop_deadline_ns = reactor_now_ns() + stop_timeout_ns(daemon);
 	timer_arm(&daemon->stop_late, daemon->stop_deadline_ns + NS_PER_SEC);
 	nbd_door_stop(daemon->nbd_door);
-	if (daemon->control)
-		control_stop(daemon->control);
 
 	list_for_each (link, &daemon->exports)
-		export_count++;
-	CLEANUP(free) struct stopping *stopping = calloc(export_count + 1, sizeof(*stopping));
+		count++;
+	CLEANUP(free) struct stopping *stopping = calloc(count, sizeof(*stopping));
 	if (!stopping)
 		abort();
-	export_count = 0;
+	stopping[0] = (struct stopping){ daemon, NULL };
+	count = 1;
 	list_for_each (link, &daemon->exports)
-		stopping[export_count++] = (struct stopping){ list_entry(link, struct export, link),
-			timeout_ns };
+		stopping[count++] = (struct stopping){ daemon,
+			list_entry(link, struct export, link) };
 	co_group_init(&group);
-	for (unsigned i = 0; i < export_count; i++)
+	for (unsigned i = 0; i < count; i++)
 		co_group_start(&group, stop_one, &stopping[i]);
 	co_group_wait(&group);
 	nbd_door_close(daemon->nbd_door);

@@ -286,7 +286,10 @@ static suspends void report_stuck(void *arg)
 
 void export_report_stuck(struct export *export)
 {
-	co_start(report_stuck, export);
+	if (export->drained)
+		log_warning("export \"%s\": still being flushed and closed", export->config->name);
+	else
+		co_start(report_stuck, export);
 }
 
 /* --- the kernel device ------------------------------------------------------------------------ */
@@ -463,6 +466,7 @@ suspends void export_stop(struct export *export, uint64_t grace_ns)
 	/* The kernel's connection is gone now: what did not let itself be detached is lost, and let go. */
 	detach_for_good(export);
 	co_mutex_unlock(&export->change);
+	export->drained = true;
 	co_group_wait(&export->users);
 
 	co_call_on(export->home, close_call, &call);

@@ -35,6 +35,7 @@ struct export
 	struct daemon *daemon;
 	const struct config_export *config; /* name, description, device, ... */
 	bool stopping;                      /* calls are refused */
+	bool drained; /* of clients, while stopping: only flushing and closing are left */
 
 	struct reactor *home;
 	struct blk *top;       /* home only */
@@ -70,7 +71,7 @@ suspends int export_start(struct daemon *daemon, const struct config_export *con
  */
 suspends void export_stop(struct export *export, uint64_t grace_ns);
 
-/* Logs which clients of an export that is being stopped wait for how many requests. */
+/* Logs what keeps an export that is being stopped: the clients with requests in flight, or its flush. */
 void export_report_stuck(struct export *export);
 
 /*
