@@ -202,8 +202,7 @@ static suspends int open_named(struct qcow *q, const char *what, const char *opt
 			"allow-backing lists",
 			name, what);
 	if (ret)
-		return err_sys(
-			err, -ret, "cannot open the %s \"%s\" of the image", what, name);
+		return err_sys(err, -ret, "cannot open the %s \"%s\" of the image", what, name);
 	struct conf *list = stack_for(q, path, !strcmp(format, "qcow2"));
 	if (!q->blk.own_conf)
 		q->blk.own_conf = conf_new(CONF_LIST, NULL, NULL);
