@@ -112,7 +112,8 @@ static int start_reactors(struct daemon *daemon, struct err *err)
 
 static void end_reactors(struct daemon *daemon)
 {
-	for (unsigned i = 0; i < daemon->reactor_count; i++) {
+	/* The main one last: the others' last act may be a word to it. */
+	for (unsigned i = daemon->reactor_count; i-- > 0;) {
 		if (i) {
 			reactor_stop(daemon->reactors[i]);
 			pthread_join(daemon->threads[i], NULL);
