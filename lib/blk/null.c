@@ -27,7 +27,7 @@ static suspends int null_open(struct blk *blk, struct err *err)
 	struct null *null = container_of(blk, struct null, blk);
 
 	blk->caps.block_size = (uint32_t)null->block_size;
-	blk->caps.fua = blk->caps.zero_fast = blk->caps.discard = true;
+	blk->caps.fua = blk->caps.zero_fast = blk->caps.discard = blk->caps.grows = true;
 	return blk_check_size(blk->conf, blk->caps.size, null->block_size, err);
 }
 

@@ -46,13 +46,17 @@ void nbd_export_init(struct nbd_export *export, const char *name, const char *de
 
 uint16_t nbd_export_flags(const struct nbd_export *export)
 {
+	const struct blk_caps *caps = blk_caps(export->blk);
 	uint16_t flags = NBD_FLAG_HAS_FLAGS | NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA;
 
 	/* A flush reaches the stack, which all connections share: "NBD_FLAG_CAN_MULTI_CONN". */
 	flags |= NBD_FLAG_CAN_MULTI_CONN;
-	if (export->read_only || blk_caps(export->blk)->read_only)
+	if (export->read_only || caps->read_only)
 		return flags | NBD_FLAG_READ_ONLY;
-	return flags | NBD_FLAG_SEND_TRIM | NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO;
+	/* Where it gives no space back, a trim of a free terabyte would write a terabyte of zeroes. */
+	if (caps->discard)
+		flags |= NBD_FLAG_SEND_TRIM;
+	return flags | NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO;
 }
 
 /* --- one connection --------------------------------------------------------------------------- */

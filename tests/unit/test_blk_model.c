@@ -7,7 +7,7 @@
  */
 #include "model.h"
 
-#define ROUNDS         6
+#define ROUNDS         4
 #define STEPS          60
 #define WORKERS        6
 #define WORKER_STEPS   40
