@@ -297,11 +297,10 @@ void export_report_stuck(struct export *export)
 static suspends int attach(struct export *export, const char *device, struct err *err)
 {
 	const struct config_export *config = export->config;
+	const char *configured = *config->device ? config->device : "auto";
 	struct kernel_opts opts = {
 		.nbd = &export->nbd,
-		.device = device            ? device
-			  : *config->device ? config->device
-					    : "auto",
+		.device = device ? device : configured,
 		.size_bytes = export->size,
 		.block_size = kernel_block_size(export),
 		.timeout_s = (uint32_t)config->device_timeout_s,
