@@ -1,0 +1,176 @@
+/*
+ * The qcow layer over a file that fails now and then: any operation below may answer EIO or ENOSPC. The
+ * request that it hits gets an error; whatever succeeded stays true; when the file works again,
+ * everything works again; and the image is sound in the end (leaks are allowed).
+ *
+ * What a failed request left behind is unknown until it is written again: old or new, byte by byte. The
+ * seed is printed.
+ */
+#include <errno.h>
+
+#include "base/util.h"
+#include "blk/fault.h"
+#include "co_test.h"
+#include "qcow_images.h"
+#include "seed.h"
+
+#define DISK_SIZE  (UINT64_C(4) << 20)
+#define WORKERS    4
+#define OPERATIONS 40 /* per worker and round */
+#define ROUNDS     5
+
+struct trial {
+	struct test_stack stack;
+	struct seed seed;
+	const struct image_kind *kind;
+	uint8_t *content;
+	bool *unknown; /* per byte */
+	struct range_lock busy;
+	struct co_group workers;
+	unsigned failed;
+};
+
+static void fill_random(void *arg, uint8_t *buf, size_t len)
+{
+	seed_fill(arg, buf, len);
+}
+
+static bool expected_error(int ret)
+{
+	return ret == -EIO || ret == -ENOSPC;
+}
+
+static void wrote(struct trial *trial, int ret, uint64_t off, uint64_t len, const uint8_t *new)
+{
+	ck_assert_msg(!ret || expected_error(ret), "a write fails with %d", ret);
+	trial->failed += ret != 0;
+	if (!ret && new)
+		memcpy(trial->content + off, new, len);
+	else if (!ret)
+		memset(trial->content + off, 0, len);
+	memset(trial->unknown + off, ret != 0, len);
+}
+
+static suspends void write_some(struct trial *trial, uint64_t off, uint64_t len)
+{
+	uint8_t *buf = malloc(len);
+
+	seed_fill(&trial->seed, buf, len);
+	wrote(trial, blk_write(trial->stack.top, off, buf, len, 0), off, len, buf);
+	free(buf);
+}
+
+static suspends void read_some(struct trial *trial, uint64_t off, uint64_t len)
+{
+	uint8_t *buf = malloc(len);
+	int ret = blk_read(trial->stack.top, off, buf, len);
+
+	ck_assert_msg(!ret || expected_error(ret), "a read fails with %d", ret);
+	for (uint64_t i = 0; !ret && i < len; i++)
+		if (!trial->unknown[off + i] && buf[i] != trial->content[off + i])
+			ck_abort_msg("%s: byte %llu is %#x instead of %#x", trial->kind->name,
+				(unsigned long long)(off + i), buf[i], trial->content[off + i]);
+	trial->failed += ret != 0;
+	free(buf);
+}
+
+static suspends void worker(void *arg)
+{
+	struct trial *trial = arg;
+
+	for (int i = 0; i < OPERATIONS; i++) {
+		uint64_t len = 1 + seed_below(&trial->seed,
+					   seed_below(&trial->seed, 6) ? 9000 : 200000);
+		uint64_t off = seed_below(&trial->seed, DISK_SIZE - len);
+		unsigned what = (unsigned)seed_below(&trial->seed, 20);
+		struct range range;
+
+		range_lock_acquire(&trial->busy, &range, off, len, true);
+		if (what < 5)
+			read_some(trial, off, len);
+		else if (what < 13)
+			write_some(trial, off, len);
+		else if (what < 15)
+			wrote(trial, blk_zero(trial->stack.top, off, len, 0), off, len, NULL);
+		else if (what < 18)
+			wrote(trial, blk_discard(trial->stack.top, off, len, 0), off, len, NULL);
+		else
+			trial->failed += blk_flush(trial->stack.top) != 0;
+		range_lock_release(&trial->busy, &range);
+		if (!seed_below(&trial->seed, 3))
+			co_yield ();
+	}
+}
+
+/* Faults for a round: each kind of operation, often or seldom; the last round has none. */
+static void choose_faults(struct trial *trial, int round)
+{
+	struct fault_rules rules = { .ops = FAULT_WRITE | FAULT_FLUSH | FAULT_ZERO | FAULT_RESIZE,
+		.error = seed_below(&trial->seed, 2) ? EIO : ENOSPC,
+		.permille = 1 + (unsigned)seed_below(&trial->seed, 150),
+		.torn = seed_below(&trial->seed, 2),
+		.delay_ops = FAULT_WRITE,
+		.delay_random_us = seed_below(&trial->seed, 2) * 100 };
+
+	if (seed_below(&trial->seed, 3) == 0)
+		rules.ops |= FAULT_READ;
+	fault_set(fault_find(trial->stack.top), round == ROUNDS - 1 ? NULL : &rules);
+}
+
+static suspends void run_trial(struct trial *trial)
+{
+	test_stack_open(&trial->stack,
+		"( %s, { layer = 'fault'; seed = %d }, { layer = 'file'; path = 'image.qcow2' } )",
+		image_layer(trial->kind), (int)seed_below(&trial->seed, 1 << 30));
+	range_lock_init(&trial->busy);
+	co_group_init(&trial->workers);
+	for (int round = 0; round < ROUNDS; round++) {
+		choose_faults(trial, round);
+		for (int i = 0; i < WORKERS; i++)
+			co_group_start(&trial->workers, worker, trial);
+		co_group_wait(&trial->workers);
+	}
+	ck_assert_uint_gt(trial->failed, 0);
+	ck_assert_int_eq(blk_flush(trial->stack.top), 0);
+	for (uint64_t off = 0; off < DISK_SIZE; off += 1 << 16)
+		read_some(trial, off, 1 << 16);
+	test_stack_close(&trial->stack);
+	image_check("image.qcow2", true);
+}
+
+static suspends void run_kind(const struct image_kind *kind, struct seed *seed)
+{
+	struct trial trial = { .kind = kind, .seed = *seed };
+
+	printf("  %s", kind->name);
+	fflush(stdout);
+	trial.content = malloc(DISK_SIZE);
+	trial.unknown = calloc(DISK_SIZE, sizeof(*trial.unknown));
+	image_make(kind, "image.qcow2", trial.content, DISK_SIZE, fill_random, &trial.seed);
+	run_trial(&trial);
+	printf(": %u requests failed\n", trial.failed);
+	free(trial.content);
+	free(trial.unknown);
+	*seed = trial.seed;
+}
+
+CO_TEST(test_faults_below)
+{
+	const char *only = getenv("KIND");
+	struct seed seed = seed_start("qcow faults");
+
+	for (size_t i = 0; i < IMAGE_KINDS; i++)
+		if (!only || !strcmp(only, image_kinds[i].name))
+			run_kind(&image_kinds[i], &seed);
+}
+
+int main(void)
+{
+	Suite *suite = suite_create("qcow fault");
+	TCase *tcase = tcase_create("fault");
+
+	tcase_set_timeout(tcase, 200);
+	tcase_add_test(tcase, test_faults_below);
+	suite_add_tcase(suite, tcase);
+	return co_test_suite(suite);
+}
