@@ -16,6 +16,7 @@
 
 #include "base/util.h"
 #include "blk/fault.h"
+#include "blk/qcow/compact.h"
 #include "co_test.h"
 #include "qcow_images.h"
 #include "seed.h"
@@ -167,6 +168,15 @@ static suspends void worker(void *arg)
 			clear_sectors(crash, first, count);
 		range_lock_release(&crash->busy, &range);
 	}
+}
+
+static suspends void compactor(void *arg)
+{
+	struct crash *crash = arg;
+	struct qcow_compact job = { 0 };
+
+	co_sleep_ns(seed_below(&crash->seed, 20) * NS_PER_MS);
+	ck_assert_int_eq(qcow_compact(crash->stack.top, &job, NULL), 0);
 }
 
 /* --- the disk after a power cut --------------------------------------------------------------- */
@@ -411,6 +421,7 @@ static suspends void run_kind(const struct image_kind *kind, struct seed *seed)
 	crash->log_fd = open("changes.log", O_RDONLY | O_CLOEXEC);
 	for (int i = 0; i < WORKERS; i++)
 		co_group_start(&crash->workers, worker, crash);
+	co_group_start(&crash->workers, compactor, crash);
 	co_group_wait(&crash->workers);
 	test_stack_close(&crash->stack);
 	close(crash->log_fd);

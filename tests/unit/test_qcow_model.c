@@ -9,6 +9,7 @@
 #include <errno.h>
 
 #include "base/util.h"
+#include "blk/qcow/compact.h"
 #include "co_test.h"
 #include "qcow_images.h"
 #include "seed.h"
@@ -132,6 +133,19 @@ static suspends void worker(void *arg)
 	}
 }
 
+/* Compacts while the workers work; a cancel half-way is as good. */
+static suspends void compactor(void *arg)
+{
+	struct model *model = arg;
+	struct qcow_compact job = { 0 };
+	struct err err;
+
+	for (int i = 0; i < 20; i++)
+		co_yield ();
+	ck_assert_msg(!qcow_compact(model->stack.top, &job, &err), "%s", err.text);
+	ck_assert_uint_eq(job.done, job.total);
+}
+
 /* Grows or shrinks; what comes back after a shrink is zeroes. */
 static suspends void resize(struct model *model)
 {
@@ -170,6 +184,8 @@ static void run_kind(const struct image_kind *kind, struct seed *seed)
 		open_image(&model);
 		for (int i = 0; i < WORKERS; i++)
 			co_group_start(&model.workers, worker, &model);
+		if (round)
+			co_group_start(&model.workers, compactor, &model);
 		co_group_wait(&model.workers);
 		if (round)
 			resize(&model);

@@ -320,6 +320,22 @@ out:
 	return ret;
 }
 
+suspends int qcow_move_l2_table(struct qcow *q, uint64_t l1_index, uint64_t new_off)
+{
+	uint64_t old_off = q->l1[l1_index] & QCOW_ENTRY_OFF_MASK;
+
+	cache_forget(&q->l2_cache, new_off, q->cluster_size);
+	int ret = fill_new_table(q, new_off, old_off, false);
+	if (ret) {
+		qcow_free_unused(q, new_off, 1);
+		return ret;
+	}
+	cluster_set_add(&q->metadata, new_off >> q->cluster_bits);
+	set_l1(q, l1_index, new_off | QCOW_ENTRY_COPIED);
+	qcow_free_unlinked(q, old_off, 1);
+	return 0;
+}
+
 suspends int qcow_entry_get(struct qcow *q, uint64_t guest_off, struct slice **slice, uint8_t **raw)
 {
 	uint64_t l1_index = l1_index_of(q, guest_off);

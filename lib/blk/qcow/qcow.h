@@ -158,7 +158,7 @@ struct qcow {
 	struct co_queue unpinned, settled;
 	struct timer commit_timer;
 	struct task commit_task;
-	bool commit_scheduled, closing;
+	bool commit_scheduled, closing, compacting;
 
 	struct inflated *inflated; /* compressed.c: the cluster last decompressed */
 
@@ -249,6 +249,8 @@ suspends int qcow_map(struct qcow *q, uint64_t guest_off, uint64_t max_len, stru
 /* The slice with guest_off's entry for changing it; makes or copies the L2 table as needed. */
 suspends int qcow_entry_get(
 	struct qcow *q, uint64_t guest_off, struct slice **slice, uint8_t **raw);
+/* Moves an L2 table that is ours to the new cluster, which is taken over. Nobody may change it meanwhile. */
+suspends int qcow_move_l2_table(struct qcow *q, uint64_t l1_index, uint64_t new_off);
 /* After a change made through *raw. Also puts the slice. */
 void qcow_entry_put_dirty(struct qcow *q, struct slice *slice);
 /* How many clusters from guest_off on have their entries in the same slice. */
@@ -268,6 +270,14 @@ suspends int qcow_alloc(
 	struct qcow *q, uint64_t want, uint64_t *host_off, uint64_t *got, bool *fresh);
 /* Exactly count contiguous ones. */
 suspends int qcow_alloc_exactly(struct qcow *q, uint64_t count, uint64_t *host_off, bool *fresh);
+/* One cluster below host cluster `limit`, its content undefined; -ENOSPC when there is none. */
+suspends int qcow_alloc_below(struct qcow *q, uint64_t limit, uint64_t *host_off);
+/* Moves refcount blocks at or behind host cluster `mark` before it, as long as there is room: else -ENOSPC. */
+suspends int qcow_move_refblocks(struct qcow *q, uint64_t mark);
+/* The same for the refcount table. */
+suspends int qcow_move_refcount_table(struct qcow *q, uint64_t mark);
+/* Finds the end of what is in use again, drops refcount blocks behind it, and cuts the file. Settled before. */
+suspends int qcow_cut_end(struct qcow *q);
 /* Gives back what was never pointed to by anything. */
 suspends void qcow_free_unused(struct qcow *q, uint64_t host_off, uint64_t count);
 /* The entry that pointed there has been changed in memory: to be freed when that is durable. */

@@ -566,6 +566,195 @@ suspends int qcow_alloc_exactly(struct qcow *q, uint64_t count, uint64_t *host_o
 	return alloc(q, count, count == 1, host_off, &got, fresh);
 }
 
+/* --- compaction ------------------------------------------------------------------------------- */
+
+/* Under alloc_mutex. count contiguous clusters below limit; fewer in a row are passed over. */
+static suspends int alloc_below_locked(
+	struct qcow *q, uint64_t limit, uint64_t count, uint64_t *index)
+{
+	uint64_t end = MIN(limit, q->end_index), got = 0, first_free = UINT64_MAX;
+	int ret = -ENOSPC;
+
+	while (q->free_index + count <= end) {
+		ret = search_slice(q, count, index, &got);
+		if (ret || got == count)
+			break;
+		ret = -ENOSPC;
+		if (got) {
+			first_free = MIN(first_free, *index);
+			q->free_index = *index + got;
+		}
+	}
+	if (!ret)
+		ret = *index + count <= end ? claim(q, *index, count) : -ENOSPC;
+	q->free_index = MIN(q->free_index, first_free);
+	return ret;
+}
+
+suspends int qcow_alloc_below(struct qcow *q, uint64_t limit, uint64_t *host_off)
+{
+	uint64_t index;
+
+	co_mutex_lock(&q->alloc_mutex);
+	int ret = alloc_below_locked(q, limit, 1, &index);
+	co_mutex_unlock(&q->alloc_mutex);
+	if (!ret)
+		*host_off = index << q->cluster_bits;
+	return ret;
+}
+
+/* Under alloc_mutex, so the counts stand still. The old block is free once the table is durable. */
+static suspends int move_refblock(struct qcow *q, uint64_t region, uint64_t index)
+{
+	uint64_t old_off = q->refcount_table[region] & QCOW_REFTABLE_OFF_MASK;
+	uint64_t new_off = index << q->cluster_bits;
+	uint32_t step = q->refcount_cache.slice_size;
+
+	cache_forget(&q->refcount_cache, new_off, q->cluster_size);
+	for (uint64_t at = 0; at < q->cluster_size; at += step) {
+		struct slice *slice;
+		int ret = cache_get(&q->refcount_cache, old_off + at, &slice);
+
+		if (ret)
+			return ret;
+		ret = blk_write(q->blk.below, new_off + at, slice->data, step, 0);
+		cache_put(&q->refcount_cache, slice);
+		if (ret)
+			return ret;
+	}
+	cache_forget(&q->refcount_cache, old_off, q->cluster_size);
+	q->refcount_table[region] = new_off;
+	bitmap_set(q->refcount_table_dirty, region, 1);
+	q->refcount_table_any_dirty = true;
+	cluster_set_add(&q->metadata, index);
+	qcow_free_unlinked(q, old_off, 1);
+	return 0;
+}
+
+/* Writes the refcount table as it is to host_off and has the header point there. Holds both mutexes. */
+static suspends int store_table_at(struct qcow *q, uint64_t host_off)
+{
+	size_t len = (size_t)q->header.refcount_table_clusters << q->cluster_bits;
+	uint64_t old_off = q->header.refcount_table_off;
+	CLEANUP(free) be64 *copy = malloc(len);
+	int ret = copy ? qcow_commit_locked(q) : -ENOMEM;
+
+	if (ret)
+		return ret;
+	for (size_t i = 0; i < q->refcount_table_count; i++)
+		copy[i] = be64_make(q->refcount_table[i]);
+	ret = blk_write(q->blk.below, host_off, copy, len, 0);
+	if (!ret)
+		ret = blk_flush(q->blk.below);
+	if (ret)
+		return ret;
+	q->header.refcount_table_off = host_off;
+	ret = qcow_header_store(q);
+	if (!ret)
+		ret = blk_flush(q->blk.below);
+	if (ret)
+		q->header.refcount_table_off = old_off;
+	return ret;
+}
+
+suspends int qcow_move_refcount_table(struct qcow *q, uint64_t mark)
+{
+	uint64_t old_off = q->header.refcount_table_off, index;
+	uint32_t clusters = q->header.refcount_table_clusters;
+
+	if (old_off >> q->cluster_bits < mark)
+		return 0;
+	co_mutex_lock(&q->alloc_mutex);
+	q->free_index = 0; /* several in a row may be where single ones were looked for in vain */
+	int ret = alloc_below_locked(q, mark, clusters, &index);
+	if (!ret) {
+		co_mutex_lock(&q->commit_mutex);
+		ret = store_table_at(q, index << q->cluster_bits);
+		co_mutex_unlock(&q->commit_mutex);
+		freed_list_add(ret ? &q->unlinked : &q->committed,
+			ret ? index : old_off >> q->cluster_bits, clusters);
+	}
+	co_mutex_unlock(&q->alloc_mutex);
+	return ret;
+}
+
+suspends int qcow_move_refblocks(struct qcow *q, uint64_t mark)
+{
+	int ret = 0;
+
+	co_mutex_lock(&q->alloc_mutex);
+	for (uint64_t region = 0; !ret && region < q->refcount_table_count; region++) {
+		uint64_t old_index = q->refcount_table[region] >> q->cluster_bits, index;
+
+		if (old_index < mark || region_of(q, old_index) == region)
+			continue; /* one that counts itself is dropped with its region, or stays */
+		ret = alloc_below_locked(q, mark, 1, &index);
+		if (!ret)
+			ret = move_refblock(q, region, index);
+	}
+	co_mutex_unlock(&q->alloc_mutex);
+	return ret;
+}
+
+/* The first cluster behind everything in use; blocks that only count themselves do not count. */
+static suspends int find_used_end(struct qcow *q, uint64_t *end)
+{
+	for (*end = q->end_index; *end > 1; --*end) {
+		uint64_t last = *end - 1, refcount;
+		int ret = qcow_refcount_get(q, last, &refcount);
+
+		if (ret)
+			return ret;
+		bool counts_itself = refblock_of(q, last) == last << q->cluster_bits;
+		if (refcount &&
+			!(counts_itself && !(last & ((UINT64_C(1) << q->refblock_bits) - 1))))
+			return 0;
+	}
+	return 0;
+}
+
+/* Under alloc_mutex. Regions that lie wholly behind `end` lose their blocks. */
+static suspends int drop_refblocks_behind(struct qcow *q, uint64_t end)
+{
+	uint64_t first = region_of(q, end - 1) + 1;
+
+	for (uint64_t region = first; region < q->refcount_table_count; region++) {
+		uint64_t block_off = q->refcount_table[region] & QCOW_REFTABLE_OFF_MASK;
+
+		if (!block_off)
+			continue;
+		cluster_set_remove(&q->metadata, block_off >> q->cluster_bits);
+		q->refcount_table[region] = 0;
+		bitmap_set(q->refcount_table_dirty, region, 1);
+		q->refcount_table_any_dirty = true;
+		cache_forget(&q->refcount_cache, block_off, q->cluster_size);
+		if (block_off >> q->cluster_bits < end)
+			qcow_free_unlinked(q, block_off, 1);
+	}
+	return qcow_commit(q);
+}
+
+suspends int qcow_cut_end(struct qcow *q)
+{
+	uint64_t end;
+
+	co_mutex_lock(&q->alloc_mutex);
+	int ret = find_used_end(q, &end);
+	if (!ret)
+		ret = drop_refblocks_behind(q, end);
+	if (!ret) {
+		q->end_index = end;
+		q->free_index = MIN(q->free_index, end);
+		if (q->below_grows && end << q->cluster_bits < blk_caps(q->blk.below)->size)
+			ret = blk_resize(q->blk.below, end << q->cluster_bits, BLK_FORCE, NULL);
+		/* Without a cut, what lies behind may hold anything: fresh_index stays. */
+		if (!ret && q->below_grows)
+			q->fresh_index = end;
+	}
+	co_mutex_unlock(&q->alloc_mutex);
+	return ret;
+}
+
 /* --- giving back ------------------------------------------------------------------------------ */
 
 suspends void qcow_free_unused(struct qcow *q, uint64_t host_off, uint64_t count)

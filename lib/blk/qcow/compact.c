@@ -1,0 +1,255 @@
+/*
+ * Compaction of a live image: moves what lies at the end of the file into free clusters further down, and
+ * cuts the file.
+ *
+ * Everything goes through the same machinery as guest writes: a cluster is copied under an exclusive hold of
+ * its guest range, linked in memory, and the old one given back when that is durable. So it is as
+ * crash-safe as a write, guests go on meanwhile, and stopping at any point leaves a sound image.
+ *
+ * The mark is the number of clusters in use: what lies behind it is moved before it, as long as there is
+ * room there. Moved are guest clusters, L2 tables, refcount blocks and the refcount table. What internal
+ * snapshots share, what is compressed, and the L1 tables stay where they are.
+ */
+#include <errno.h>
+#include <string.h>
+
+#include "blk/qcow/compact.h"
+#include "blk/qcow/qcow.h"
+#include "rt/buf.h"
+
+struct compaction {
+	struct qcow *q;
+	struct qcow_compact *job;
+	uint64_t mark; /* host clusters from here on are to be moved */
+	uint64_t started_ns, copied_bytes;
+};
+
+/* --- pace ------------------------------------------------------------------------------------- */
+
+/* After each step: lets guests go first, keeps to the rate, tells how far it came. */
+static suspends int step_done(struct compaction *c, uint64_t bytes, uint64_t guest_off)
+{
+	c->copied_bytes += bytes;
+	c->job->done = guest_off;
+	c->job->total = c->q->header.size;
+	if (c->job->progress)
+		c->job->progress(c->job);
+	co_yield ();
+	if (c->job->rate_bytes_s && bytes) {
+		uint64_t due_ns = c->started_ns +
+				  (uint64_t)((double)c->copied_bytes /
+					     (double)c->job->rate_bytes_s * (double)NS_PER_SEC);
+
+		if (due_ns > reactor_now_ns())
+			co_sleep_ns(due_ns - reactor_now_ns());
+	}
+	return c->job->cancelled || c->q->closing ? -ECANCELED : 0;
+}
+
+/* --- moving ----------------------------------------------------------------------------------- */
+
+static suspends int copy_cluster(struct qcow *q, uint64_t from_off, uint64_t to_off)
+{
+	size_t step = (size_t)MIN(q->cluster_size, (uint64_t)BUF_POOLED_MAX_BYTES);
+	void *buf = buf_get(step);
+	int ret = buf ? 0 : -ENOMEM;
+
+	for (uint64_t at = 0; !ret && at < q->cluster_size; at += step) {
+		ret = qcow_read_host(q, from_off + at, buf, step);
+		if (!ret)
+			ret = blk_write(q->blk.below, to_off + at, buf, step, 0);
+	}
+	if (buf)
+		buf_put(buf, step);
+	return ret;
+}
+
+static bool is_movable(const struct compaction *c, const struct l2_entry *entry)
+{
+	return !entry->compressed && entry->copied &&
+	       entry->host_off >> c->q->cluster_bits >= c->mark;
+}
+
+/* Moves the guest cluster's host cluster; -ENOSPC: no room further down. Holds the range. */
+static suspends int move_held(struct compaction *c, uint64_t guest_off)
+{
+	struct qcow *q = c->q;
+	struct slice *slice;
+	uint64_t new_off;
+	uint8_t *raw;
+	int ret = qcow_entry_get(q, guest_off, &slice, &raw);
+
+	if (ret)
+		return ret;
+	struct l2_entry entry = qcow_entry_decode(q, raw);
+	if (!is_movable(c, &entry) || qcow_entry_fault(q, &entry, guest_off)) {
+		cache_put(&q->l2_cache, slice);
+		return 0;
+	}
+	ret = qcow_alloc_below(q, c->mark, &new_off);
+	if (!ret && (ret = copy_cluster(q, entry.host_off, new_off)))
+		qcow_free_unused(q, new_off, 1);
+	if (ret) {
+		cache_put(&q->l2_cache, slice);
+		return ret;
+	}
+	qcow_free_entry(q, &entry);
+	entry.host_off = new_off;
+	qcow_entry_encode(q, &entry, raw);
+	qcow_entry_put_dirty(q, slice);
+	c->job->moved++;
+	return 0;
+}
+
+static suspends int move_cluster(struct compaction *c, uint64_t guest_off)
+{
+	struct qcow *q = c->q;
+	struct range range;
+	unsigned pin = qcow_pin(q);
+
+	range_lock_acquire(&q->writes, &range, guest_off, q->cluster_size, true);
+	int ret = move_held(c, guest_off);
+	range_lock_release(&q->writes, &range);
+	qcow_unpin(q, pin);
+	return ret ? ret : step_done(c, q->cluster_size, guest_off);
+}
+
+/* Moves what lies behind the mark in a run that starts at guest_off. */
+static suspends int move_run(struct compaction *c, uint64_t guest_off, const struct run *run)
+{
+	struct qcow *q = c->q;
+
+	for (uint64_t at = guest_off; at < guest_off + run->len; at += q->cluster_size) {
+		int ret = move_cluster(c, at);
+
+		if (ret)
+			return ret;
+	}
+	return 0;
+}
+
+static suspends int move_guest_clusters(struct compaction *c)
+{
+	struct qcow *q = c->q;
+
+	for (uint64_t off = 0; off < q->header.size;) {
+		struct run run;
+		int ret = qcow_map(q, off, q->header.size - off, &run);
+
+		if (ret)
+			return ret;
+		/* One entry decides about its whole cluster, of however many runs it consists. */
+		run.len = round_up(off + run.len, q->cluster_size) - off;
+		bool ours = (run.kind == RUN_DATA && run.in_place) || run.has_host;
+		if (ours && !run.entry.compressed &&
+			(run.host_off + run.len) >> q->cluster_bits > c->mark)
+			ret = move_run(c, off, &run);
+		else if (run.kind == RUN_DATA || run.kind == RUN_COMPRESSED)
+			ret = step_done(c, 0, off);
+		if (ret)
+			return ret;
+		off += run.len;
+	}
+	return 0;
+}
+
+static suspends int move_l2_tables(struct compaction *c)
+{
+	struct qcow *q = c->q;
+	uint64_t span = q->cluster_size << q->l2_bits;
+
+	for (uint64_t i = 0; i < q->header.l1_entry_count; i++) {
+		uint64_t table_off = q->l1[i] & QCOW_ENTRY_OFF_MASK, new_off;
+		struct range range;
+
+		if (!(q->l1[i] & QCOW_ENTRY_COPIED) || table_off >> q->cluster_bits < c->mark)
+			continue;
+		int ret = qcow_alloc_below(q, c->mark, &new_off);
+		if (ret)
+			return ret;
+		range_lock_acquire(&q->writes, &range, i * span, span, true);
+		ret = qcow_move_l2_table(q, i, new_off);
+		range_lock_release(&q->writes, &range);
+		if (!ret)
+			ret = step_done(c, q->cluster_size, q->header.size);
+		if (ret)
+			return ret;
+		c->job->moved++;
+	}
+	return 0;
+}
+
+/* --- the whole -------------------------------------------------------------------------------- */
+
+static suspends int count_used(struct qcow *q, uint64_t *used)
+{
+	*used = 0;
+	for (uint64_t index = 0; index < q->end_index; index++) {
+		uint64_t refcount;
+		int ret = qcow_refcount_get(q, index, &refcount);
+
+		if (ret)
+			return ret;
+		*used += refcount != 0;
+		if (!(index % 65536))
+			co_yield ();
+	}
+	return 0;
+}
+
+static suspends int move_everything(struct compaction *c)
+{
+	int ret = move_guest_clusters(c);
+
+	if (!ret)
+		ret = move_l2_tables(c);
+	if (!ret)
+		ret = qcow_settle(c->q);
+	if (!ret)
+		ret = qcow_move_refcount_table(c->q, c->mark);
+	if (!ret)
+		ret = qcow_move_refblocks(c->q, c->mark);
+	return ret == -ENOSPC ? 0
+			      : ret; /* no room left further down: that is all that can be done */
+}
+
+suspends int qcow_compact(struct blk *blk, struct qcow_compact *job, struct err *err)
+{
+	struct qcow *q = qcow_of(blk);
+	struct compaction c = { .q = q, .job = job, .started_ns = reactor_now_ns() };
+	int ret;
+
+	if (q->read_only || q->corrupt)
+		return err_set(err, EROFS, "the image is read-only");
+	if (q->data_file)
+		return err_set(
+			err, ENOTSUP, "an image with an external data file has nothing to move");
+	if (q->compacting)
+		return err_set(err, EBUSY, "a compaction is running already");
+	q->compacting = true;
+	job->size_before = q->end_index << q->cluster_bits;
+	ret = qcow_begin_writing(q);
+	if (!ret)
+		ret = qcow_settle(q);
+	if (!ret)
+		ret = count_used(q, &c.mark);
+	if (!ret) {
+		q->free_index = 0;
+		ret = move_everything(&c);
+	}
+	if (!ret || ret == -ECANCELED) {
+		int cut = qcow_settle(q);
+
+		if (!cut)
+			cut = qcow_cut_end(q);
+		ret = ret ? ret : cut;
+	}
+	if (!ret)
+		job->done = job->total = q->header.size;
+	q->compacting = false;
+	job->size_after = q->end_index << q->cluster_bits;
+	if (ret == -ECANCELED)
+		return err_set(
+			err, ECANCELED, "the compaction was cancelled; what it moved stays moved");
+	return ret ? err_sys(err, -ret, "the compaction stopped") : 0;
+}
