@@ -2,7 +2,8 @@
  * File I/O for coroutines: as cheap as the file allows, without blocking the reactor.
  *
  * How an operation is carried out depends on the file, and is decided here and nowhere else:
- *	IO_INLINE	a file in memory (tmpfs): at once; it has no non-blocking I/O, and never waits for a device
+ *	IO_INLINE	a file in memory (tmpfs): at once, but long reads; it has no non-blocking I/O, and never
+ *			waits for a device
  *	IO_BUFFERED	reads: what is in the page cache at once, the rest by the engine; writes: by the engine, but
  *			whole pages of a local file at once, as long as none was seen to stall (io.c has the rule)
  *	IO_DIRECT	opened with O_DIRECT: the engine
