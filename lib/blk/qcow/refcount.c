@@ -686,8 +686,8 @@ suspends int qcow_move_refblocks(struct qcow *q, uint64_t mark)
 	for (uint64_t region = 0; !ret && region < q->refcount_table_count; region++) {
 		uint64_t old_index = q->refcount_table[region] >> q->cluster_bits, index;
 
-		if (old_index < mark || region_of(q, old_index) == region)
-			continue; /* one that counts itself is dropped with its region, or stays */
+		if (old_index < mark)
+			continue;
 		ret = alloc_below_locked(q, mark, 1, &index);
 		if (!ret)
 			ret = move_refblock(q, region, index);
@@ -696,19 +696,15 @@ suspends int qcow_move_refblocks(struct qcow *q, uint64_t mark)
 	return ret;
 }
 
-/* The first cluster behind everything in use; blocks that only count themselves do not count. */
+/* The first cluster behind everything in use. */
 static suspends int find_used_end(struct qcow *q, uint64_t *end)
 {
 	for (*end = q->end_index; *end > 1; --*end) {
-		uint64_t last = *end - 1, refcount;
-		int ret = qcow_refcount_get(q, last, &refcount);
+		uint64_t refcount;
+		int ret = qcow_refcount_get(q, *end - 1, &refcount);
 
-		if (ret)
+		if (ret || refcount)
 			return ret;
-		bool counts_itself = refblock_of(q, last) == last << q->cluster_bits;
-		if (refcount &&
-			!(counts_itself && !(last & ((UINT64_C(1) << q->refblock_bits) - 1))))
-			return 0;
 	}
 	return 0;
 }
