@@ -178,3 +178,27 @@ const struct img_command img_check = {
 	.operands_max = 1,
 	.run = run_check,
 };
+
+static const struct img_option repair_options[] = {
+	{ 0, "leaks", NULL, "only give back leaked clusters; nothing if there are corruptions" },
+	{},
+};
+
+static suspends enum img_exit run_repair(struct img *img)
+{
+	return run_on(img, img_flag(img, "leaks") ? QCOW_REPAIR_LEAKS : QCOW_REPAIR_ALL);
+}
+
+const struct img_command img_repair = {
+	.name = "repair",
+	.operands = "FILE",
+	.summary = "check a qcow2 image and put right what can be",
+	.help = "Counts references anew, frees leaked clusters, clears the dirty and corrupt marks "
+		"of "
+		"an\nimage that is sound then. What changes is written beside the old, so a crash "
+		"harms nothing.\n",
+	.operands_min = 1,
+	.operands_max = 1,
+	.options = repair_options,
+	.run = run_repair,
+};

@@ -7,5 +7,6 @@ const struct img_command *const img_commands[] = {
 	&img_create,
 	&img_info,
 	&img_check,
+	&img_repair,
 	NULL,
 };

@@ -3,17 +3,21 @@
 import json
 import os
 import random
+import resource
+import struct
 import subprocess
 
 IMG = os.path.join(os.environ["BUILD"], "blkstack-img")
 SCRATCH = os.environ["SCRATCH"]
+# Damaged images make programs write at absurd offsets; with SIGXFSZ ignored they get an error instead.
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
 CLEAN_KEYS = ["image-end-offset", "corruptions", "leaks", "check-errors", "total-clusters",
               "allocated-clusters", "fragmented-clusters", "compressed-clusters"]
 
 
 def run(*command, status=0, **options):
     """Standard output; the exit status must be `status` (None: any), and no signal ever."""
-    result = subprocess.run([str(word) for word in command], capture_output=True, timeout=120,
+    result = subprocess.run([str(word) for word in command], capture_output=True, timeout=120, restore_signals=False,
                             **options)
     if result.returncode < 0 or (status is not None and result.returncode != status):
         raise AssertionError(f"{command}: exit status {result.returncode}, not {status}\n"
@@ -105,3 +109,64 @@ def matrix():
     yield "lazy", dict(lazy_refcounts="on", cluster_size=4096)
     yield "zstd", dict(compression_type="zstd", cluster_size=8192)
     yield "metadata", dict(preallocation="metadata", cluster_size=4096)
+
+
+def make_full(name, options, seed_here):
+    """An image of that kind with data, holes, compressed clusters, snapshots and bitmaps."""
+    image = Image(name, seed_here, size=4 << 20, **options)
+    image.fill()
+    image.fill_compressed()
+    if options.get("refcount_bits") != 1 and "preallocation" not in options:
+        for snapshot in ("one", "two"):
+            image.snapshot(snapshot)
+            image.fill(4)
+    if options.get("compat") != "0.10":
+        image.bitmap("b0")
+        image.fill(2)
+    return image.path
+
+
+def tables(data):
+    """Where metadata lies: (offset, length), for damage that matters."""
+    cluster_bits, l1_count, l1_off, rt_off, rt_clusters, snapshots, snapshots_off = (
+        struct.unpack_from(">I", data, 20)[0], *struct.unpack_from(">IQQIIQ", data, 36))
+    cluster = 1 << cluster_bits
+    found = [(l1_off, l1_count * 8), (rt_off, 64)]
+    if snapshots:
+        found.append((snapshots_off, snapshots * 64))
+    word = lambda off: struct.unpack_from(">Q", data, off)[0] if off + 8 <= len(data) else 0
+    for i in range(min(l1_count, 64)):
+        if word(l1_off + i * 8) & 0x00fffffffffffe00:
+            found.append((word(l1_off + i * 8) & 0x00fffffffffffe00, cluster))
+    for i in range(8):
+        if word(rt_off + i * 8):
+            found.append((word(rt_off + i * 8), cluster))
+    return [(off, min(length, len(data) - off)) for off, length in found if off + 8 < len(data)]
+
+
+def damage(data, rng):
+    """The image with some 64-bit words of its metadata changed, or cut short."""
+    data, cluster = bytearray(data), 1 << struct.unpack_from(">I", data, 20)[0]
+    places = tables(data)
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        off, length = rng.choice(places)
+        used = [at for at in range(off, off + length - 7, 8) if any(data[at:at + 8])]
+        at = rng.choice(used) if used and rng.random() < 0.8 else off + rng.randrange(length // 8) * 8
+        kind = rng.randrange(6)
+        if kind == 0:
+            data[at + rng.randrange(8)] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            data[at:at + 8] = bytes(8)
+        elif kind == 2:  # points somewhere in the file
+            value = rng.randrange(len(data) // cluster + 2) * cluster
+            data[at:at + 8] = struct.pack(">Q", value | rng.choice((0, 1 << 63, 1)))
+        elif kind == 3:
+            data[at:at + 8] = struct.pack(">Q", rng.randrange(1 << 64))
+        elif kind == 4:
+            other = rng.choice(places)[0] & ~7
+            data[at:at + 8] = data[other:other + 8]
+        else:
+            data[at] ^= 0x80
+    if rng.random() < 0.1:
+        del data[rng.randrange(len(data) // 2, len(data)):]
+    return bytes(data)

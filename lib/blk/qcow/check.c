@@ -118,6 +118,7 @@ static suspends int check_snapshots(struct check *check)
 	int ret = 0;
 
 	if (qcow_snapshots_load(&check->image, list, &text)) {
+		check->unreadable = true;
 		check_found(check, QCOW_FINDING_ERROR, 1, "%s", text.text);
 		return 0;
 	}
@@ -231,6 +232,7 @@ static suspends int compare_block(
 	if (ret == -ENOMEM)
 		return ret;
 	if (ret) {
+		check->rebuild = true;
 		check_found(check, QCOW_FINDING_ERROR, end - first,
 			"refcounts of clusters %llu-%llu cannot be read", (ull)first,
 			(ull)(end - 1));

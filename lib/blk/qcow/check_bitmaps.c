@@ -89,6 +89,7 @@ static suspends int check_directory(struct check *check, const uint8_t *director
 		uint64_t entry_bytes = entry_len(&check->image, entry, len - at);
 
 		if (!entry_bytes || ++count > check->image.header->bitmap_count) {
+			check->bitmaps_broken = true;
 			check_found(check, QCOW_FINDING_CORRUPTION, 1,
 				"bitmap directory: the entry at byte %llu is not valid", (ull)at);
 			return 0;
@@ -118,6 +119,7 @@ suspends int check_bitmaps(struct check *check)
 		return ret;
 	if (len > DIRECTORY_LEN_MAX ||
 		!range_ok(header->bitmap_directory_off, len, check->image.file_size)) {
+		check->bitmaps_broken = true;
 		check_found(check, QCOW_FINDING_CORRUPTION, 1,
 			"bitmap directory of %llu bytes at %llu is not valid", (ull)len,
 			(ull)header->bitmap_directory_off);

@@ -34,6 +34,8 @@ struct check {
 	uint64_t l1_bytes;              /* of L1 tables looked at */
 	uint64_t unaligned_tables;      /*   L2 tables looked at that are */
 	bool rebuild;                   /* the refcount structures themselves are broken */
+	bool unreadable;                /* something that points to clusters could not be read */
+	bool bitmaps_broken;            /* the bitmap directory is not valid */
 	uint64_t done, total;           /* progress */
 };
 

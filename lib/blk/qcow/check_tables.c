@@ -306,6 +306,7 @@ static suspends int check_l2(struct check *check, const struct l2_table *table, 
 	int ret = image_read_words(image, table->host_off, words, image->cluster_size / 8);
 
 	if (ret) {
+		check->unreadable = true;
 		check_found(check, QCOW_FINDING_ERROR, 1, "L2 table at %llu cannot be read: %s",
 			(ull)table->host_off, strerror(-ret));
 		return 0;
