@@ -8,5 +8,6 @@ const struct img_command *const img_commands[] = {
 	&img_info,
 	&img_check,
 	&img_repair,
+	&img_snapshot,
 	NULL,
 };

@@ -8,3 +8,7 @@
 extern const struct img_command img_create;
 extern const struct img_command img_info;
 extern const struct img_command img_check, img_repair; /* check.c */
+extern const struct img_command img_snapshot;
+
+/* info.c: the table of snapshots alone. */
+suspends enum img_exit img_show_snapshots(struct img *img, const char *path);

@@ -279,6 +279,23 @@ static suspends enum img_exit run(struct img *img)
 	return ret ? IMG_FAILED : IMG_OK;
 }
 
+suspends enum img_exit img_show_snapshots(struct img *img, const char *path)
+{
+	json_t *info, *snapshots;
+
+	if (gather(img, path, IMG_QCOW2, &info)) {
+		err_wrap(&img->err, "\"%s\"", path);
+		return IMG_FAILED;
+	}
+	snapshots = json_object_get(info, "snapshots");
+	if (img->json)
+		img_print_json(snapshots ? json_incref(snapshots) : json_array());
+	else
+		print_snapshots(snapshots);
+	json_decref(info);
+	return IMG_OK;
+}
+
 const struct img_command img_info = {
 	.name = "info",
 	.operands = "FILE",

@@ -242,11 +242,17 @@ static suspends int place_block(
 	struct image *image = shadow->image;
 	uint64_t old_entry = index < image->refcount_table_count ? image->refcount_table[index] : 0;
 	const uint8_t *on_disk = NULL;
-	bool any = encode_block(shadow, index, place->block);
-	int ret = shadow->rebuild ? 0 : image_refcount_block(image, index, &on_disk);
+	bool any = false;
+	int ret = 0;
 
+	if (!old_entry && index >= blocks_needed(shadow))
+		return 0;
+	if (!shadow->rebuild)
+		ret = image_refcount_block(image, index, &on_disk);
 	if (ret)
 		return ret;
+	if (on_disk || index < blocks_needed(shadow))
+		any = encode_block(shadow, index, place->block);
 	if (!shadow->rebuild &&
 		(on_disk ? !memcmp(on_disk, place->block, image->cluster_size) : !any))
 		return 0;
@@ -297,6 +303,7 @@ static suspends int place_all(struct shadow *shadow, struct placement *place)
 		/* A block that had nothing to count may have got something meanwhile. */
 		for (uint64_t i = 0; i < place->count && !ret; i++)
 			if (bitmap_test(place->moved, i) && !place->table[i] &&
+				i < blocks_needed(shadow) &&
 				encode_block(shadow, i, place->block)) {
 				changed = true;
 				ret = shadow_alloc(shadow, 1, 1, &place->table[i]);
