@@ -14,6 +14,7 @@ mnt=$SCRATCH/mnt
 mkdir -p "$mnt"
 log_at=0
 daemon_options=()
+daemon_config=
 
 step() {
 	echo "-- $*"
@@ -52,6 +53,7 @@ daemon_start() {
 	cat >blkstack.conf <<-CONF
 	control = "$control";
 	listen = [ "unix:$socket" ];
+	$daemon_config
 	exports = (
 	$*
 	);
