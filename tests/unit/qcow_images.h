@@ -34,6 +34,7 @@ static const struct image_kind image_kinds[] = {
 	{ "2m", "cluster_size=2M,refcount_bits=32" },
 	{ "extended", "extended_l2=on,cluster_size=16k" },
 	{ "extended-64k", "extended_l2=on,cluster_size=64k" },
+	{ "lazy", "cluster_size=4k,lazy_refcounts=on" },
 	{ "tiny-cache", "cluster_size=512", .layer_options = "cache = '64K';" },
 	{ "backing-short", "cluster_size=4k", .backing_size = 1000 * 1024 + 512 },
 	{ "backing-long", "cluster_size=16k", .backing_size = 12 << 20 },

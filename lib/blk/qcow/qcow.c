@@ -18,6 +18,7 @@
 #include "base/cleanup.h"
 #include "base/log.h"
 #include "blk/layers.h"
+#include "blk/qcow/check.h"
 
 #define MAX_PREFERRED_SIZE 65536
 
@@ -131,6 +132,24 @@ static suspends int find_end(struct qcow *q, struct err *err)
 	return 0;
 }
 
+/* The image was not closed properly: its refcounts are made anew from what points to the clusters. */
+static suspends int repair_dirty(struct qcow *q, struct err *err)
+{
+	struct qcow_check_result result;
+
+	log_debug("qcow: the image was not closed properly: repairing its refcounts");
+	int ret = qcow_repair(q->blk.below, &q->header, QCOW_REPAIR_ALL, NULL, &result, err);
+	if (ret)
+		return err_wrap(err, "the image was not closed properly, and its repair failed");
+	if (result.corruptions || result.errors)
+		return err_set(err, EUCLEAN,
+			"the image was not closed properly, and %llu errors cannot be repaired: "
+			"see "
+			"blkstack-img check",
+			(unsigned long long)(result.corruptions + result.errors));
+	return 0;
+}
+
 static suspends int refuse_or_repair(struct qcow *q, struct err *err)
 {
 	uint64_t incompatible = q->header.incompatible;
@@ -141,9 +160,7 @@ static suspends int refuse_or_repair(struct qcow *q, struct err *err)
 		return 0;
 	}
 	if (incompatible & QCOW_INCOMPAT_DIRTY && !q->read_only)
-		return err_set(err, EUCLEAN,
-			"the image was not closed properly, its refcounts are stale: run "
-			"blkstack-img repair");
+		return repair_dirty(q, err);
 	return 0;
 }
 
