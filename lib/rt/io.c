@@ -5,13 +5,10 @@
  * anybody costs more than most requests. Everything else becomes a struct io_request on the waiting
  * coroutine's stack and goes to the reactor's engine. Short counts are continued here, so engines need not.
  *
- * A buffered write only fills the page cache and costs 3 us at once, 8 by a ring, whose worker threads
- * take the writes of a file one by one. But it may wait: for a page to be read when it covers only a
- * part, for the kernel's share of dirty pages, for the journal. So only whole pages go at once, and when
- * one sleeps longer than STALL_NS the file's writes go by the engine for PAUSE_MIN_NS, and twice as long
- * each time it happens again soon: a busy disk holds up the reactor rarely, an idle one never. Whether a
- * slow write slept or the processor was busy is only known when the kernel's count of sleeps was taken
- * before, so a slow write first makes the next ones suspect.
+ * A buffered write only fills the page cache, and would cost less at once than by the engine. But it may wait:
+ * for a page to be read when it covers only a part, for the kernel's share of dirty pages, for the
+ * journal, for a disk that has died; no flag makes ext4 say so instead (RWF_NOWAIT is refused). A reactor
+ * that waits takes all its exports with it, so buffered writes go by the engine.
  *
  * Failure modes: the system's error as it is; a write that makes no progress is EIO.
  */
@@ -20,12 +17,9 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/magic.h>
-#include <stdatomic.h>
-#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <sys/vfs.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "base/util.h"
@@ -39,14 +33,6 @@
  * time, one alone takes 1.15. Shorter ones are slower for the hand-over unless there are many.
  */
 #define READ_INLINE_MAX_BYTES (512 * 1024)
-
-/* Longer writes keep the others waiting for their copying alone. */
-#define WRITE_INLINE_MAX_BYTES (256 * 1024)
-#define PAGE_BYTES             4096
-#define STALL_NS               (10 * NS_PER_MS)
-#define SUSPECT_WRITES         1024
-#define PAUSE_MIN_NS           (1 * NS_PER_SEC)
-#define PAUSE_MAX_NS           (64 * NS_PER_SEC)
 
 /* Direct reads end at the end of the file when they end between sectors. */
 #define SECTOR_SIZE_BYTES 512
@@ -69,22 +55,6 @@ static bool knows_nowait(int fd)
 	return preadv2(fd, &iov, 1, 0, RWF_NOWAIT) >= 0 || errno == EAGAIN;
 }
 
-/* A file system of this machine whose writes end in the page cache; not one that asks another process. */
-static bool takes_writes_quickly(int fd)
-{
-	static const unsigned long known[] = { EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC,
-		F2FS_SUPER_MAGIC };
-	struct stat status;
-	struct statfs fs;
-
-	if (fstat(fd, &status) || !S_ISREG(status.st_mode) || fstatfs(fd, &fs))
-		return false;
-	for (size_t i = 0; i < ARRAY_LEN(known); i++)
-		if ((unsigned long)fs.f_type == known[i])
-			return true;
-	return false;
-}
-
 void io_file_init(struct io_file *file, int fd, bool direct)
 {
 	*file = (struct io_file){ .fd = fd };
@@ -93,7 +63,6 @@ void io_file_init(struct io_file *file, int fd, bool direct)
 	else
 		file->mode = direct ? IO_DIRECT : IO_BUFFERED;
 	file->nowait = file->mode == IO_BUFFERED && knows_nowait(fd);
-	file->writes_quick = file->mode == IO_BUFFERED && takes_writes_quickly(fd);
 }
 
 /* --- the two ways ----------------------------------------------------------------------------- */
@@ -179,65 +148,6 @@ suspends ssize_t io_read(struct io_file *file, void *buf, size_t len_bytes, uint
 	return (ssize_t)done_bytes;
 }
 
-static bool may_write_at_once(struct io_file *file, size_t len_bytes, uint64_t off, int rwf_flags)
-{
-	return file->writes_quick && !rwf_flags && len_bytes <= WRITE_INLINE_MAX_BYTES &&
-	       is_aligned(off | len_bytes, PAGE_BYTES) &&
-	       reactor_now_ns() >=
-		       atomic_load_explicit(&file->paused_until_ns, memory_order_relaxed);
-}
-
-static uint64_t clock_now_ns(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * NS_PER_SEC + (uint64_t)now.tv_nsec;
-}
-
-/* How often this thread has waited for something but the processor. */
-static long thread_sleeps(void)
-{
-	struct rusage usage;
-
-	getrusage(RUSAGE_THREAD, &usage);
-	return usage.ru_nvcsw;
-}
-
-/* The file's writes go by the engine for a while, longer when the last such while is not long ago. */
-static void pause_inline_writes(struct io_file *file, uint64_t now_ns)
-{
-	uint64_t pause_ns = atomic_load_explicit(&file->pause_ns, memory_order_relaxed);
-	uint64_t paused_until_ns = atomic_load_explicit(
-		&file->paused_until_ns, memory_order_relaxed);
-	bool again = pause_ns && now_ns - paused_until_ns < pause_ns;
-
-	pause_ns = again ? MIN(2 * pause_ns, PAUSE_MAX_NS) : PAUSE_MIN_NS;
-	atomic_store_explicit(&file->pause_ns, pause_ns, memory_order_relaxed);
-	atomic_store_explicit(&file->paused_until_ns, now_ns + pause_ns, memory_order_relaxed);
-}
-
-static ssize_t write_at_once(struct io_file *file, void *buf, size_t len_bytes, uint64_t off)
-{
-	unsigned suspect_writes = atomic_load_explicit(&file->suspect_writes, memory_order_relaxed);
-	long sleeps = suspect_writes ? thread_sleeps() : 0;
-	uint64_t start_ns = clock_now_ns();
-	ssize_t count = transfer_inline(IO_OP_WRITE, file->fd, buf, len_bytes, off, 0);
-	uint64_t end_ns = clock_now_ns();
-	bool slow = end_ns - start_ns > STALL_NS;
-
-	if (suspect_writes)
-		suspect_writes--;
-	else if (slow)
-		suspect_writes = SUSPECT_WRITES;
-	else
-		return count;
-	atomic_store_explicit(&file->suspect_writes, suspect_writes, memory_order_relaxed);
-	if (slow && suspect_writes < SUSPECT_WRITES && thread_sleeps() != sleeps)
-		pause_inline_writes(file, end_ns);
-	return count;
-}
-
 suspends ssize_t io_write(
 	struct io_file *file, const void *buf, size_t len_bytes, uint64_t off, int rwf_flags)
 {
@@ -251,8 +161,6 @@ suspends ssize_t io_write(
 		if (file->mode == IO_INLINE)
 			count = transfer_inline(IO_OP_WRITE, file->fd, rest, rest_bytes,
 				off + done_bytes, rwf_flags);
-		else if (may_write_at_once(file, rest_bytes, off + done_bytes, rwf_flags))
-			count = write_at_once(file, rest, rest_bytes, off + done_bytes);
 		else
 			count = transfer_by_engine(IO_OP_WRITE, file->fd, rest, rest_bytes,
 				off + done_bytes, rwf_flags);

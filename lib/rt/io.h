@@ -1,11 +1,10 @@
 /*
- * File I/O for coroutines: as cheap as the file allows, without blocking the reactor.
+ * File I/O for coroutines: as cheap as the file allows, and never blocking the reactor.
  *
  * How an operation is carried out depends on the file, and is decided here and nowhere else:
  *	IO_INLINE	a file in memory (tmpfs): at once, but long reads; it has no non-blocking I/O, and never
  *			waits for a device
- *	IO_BUFFERED	reads: what is in the page cache at once, the rest by the engine; writes: by the engine, but
- *			whole pages of a local file at once, as long as none was seen to stall (io.c has the rule)
+ *	IO_BUFFERED	reads: what is in the page cache at once, the rest by the engine; writes: by the engine
  *	IO_DIRECT	opened with O_DIRECT: the engine
  *	fsync and fallocate: the engine, but for files in memory
  * The engine is the reactor's: io_uring, or a pool of threads with the same semantics.
@@ -30,11 +29,7 @@ enum io_mode { IO_INLINE, IO_BUFFERED, IO_DIRECT };
 struct io_file {
 	int fd; /* stays the caller's */
 	enum io_mode mode;
-	bool nowait;       /* buffered, and the file system knows non-blocking reads */
-	bool writes_quick; /* buffered, and the file system takes whole pages into memory */
-	/* Of writes at once, see io.c. */
-	_Atomic unsigned suspect_writes;
-	_Atomic uint64_t paused_until_ns, pause_ns;
+	bool nowait; /* buffered, and the file system knows non-blocking reads */
 };
 
 /* Looks at the file (fstatfs) to choose the mode; direct: opened with O_DIRECT. */
