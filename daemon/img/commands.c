@@ -9,5 +9,6 @@ const struct img_command *const img_commands[] = {
 	&img_check,
 	&img_repair,
 	&img_snapshot,
+	&img_convert,
 	NULL,
 };

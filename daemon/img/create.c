@@ -47,27 +47,36 @@ static bool get_numbers(struct img *img, struct qcow_create_options *create)
 	return true;
 }
 
-static bool get_options(struct img *img, struct qcow_create_options *create)
+bool img_create_values(struct img *img, struct qcow_create_options *create)
 {
 	static const char *const compressions[] = { "zlib", "zstd", NULL };
-	static const char *const preallocs[] = { "off", "metadata", "falloc", "full", NULL };
-	static const char *const formats[] = { "raw", "qcow2", NULL };
 	unsigned index;
 
 	qcow_create_defaults(create, 0);
 	if (!get_numbers(img, create))
 		return false;
 	create->extended_l2 = img_flag(img, "extended-l2");
+	if (!img_flag(img, "compression"))
+		return true;
+	if (!img_choice(img, "compression", compressions, &index))
+		return false;
+	create->compression = index;
+	return true;
+}
+
+static bool get_options(struct img *img, struct qcow_create_options *create)
+{
+	static const char *const preallocs[] = { "off", "metadata", "falloc", "full", NULL };
+	static const char *const formats[] = { "raw", "qcow2", NULL };
+	unsigned index;
+
+	if (!img_create_values(img, create))
+		return false;
 	create->lazy_refcounts = img_flag(img, "lazy-refcounts");
 	create->raw_data_file = img_flag(img, "data-file-raw");
 	create->backing_name = img_value(img, "backing");
 	create->backing_format = img_value(img, "backing-format");
 	create->data_file_name = img_value(img, "data-file");
-	if (img_flag(img, "compression")) {
-		if (!img_choice(img, "compression", compressions, &index))
-			return false;
-		create->compression = index;
-	}
 	if (img_flag(img, "prealloc")) {
 		if (!img_choice(img, "prealloc", preallocs, &index))
 			return false;

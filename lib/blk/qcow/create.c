@@ -274,11 +274,8 @@ static int plan(const struct qcow_create_options *options, struct layout *layout
 	return 0;
 }
 
-static int make_header(const struct qcow_create_options *options, const struct layout *layout,
-	struct qcow_header *header)
+int qcow_create_header(const struct qcow_create_options *options, struct qcow_header *header)
 {
-	uint64_t cluster_size = layout->cluster_size;
-
 	memset(header, 0, sizeof(*header));
 	header->version = options->version;
 	header->cluster_bits = (uint32_t)__builtin_ctz(options->cluster_size);
@@ -287,11 +284,7 @@ static int make_header(const struct qcow_create_options *options, const struct l
 						   : QCOW_HEADER_LEN_V2;
 	header->compression = options->compression;
 	header->size = options->size;
-	header->refcount_table_off = cluster_size;
-	header->refcount_table_clusters = (uint32_t)layout->table_count;
 	header->l1_entry_count = (uint32_t)l2_table_count(options);
-	if (header->l1_entry_count)
-		header->l1_off = (1 + layout->table_count + layout->block_count) * cluster_size;
 	header->incompatible = (options->data_file_name ? (uint64_t)QCOW_INCOMPAT_DATA_FILE : 0) |
 			       (options->compression ? (uint64_t)QCOW_INCOMPAT_COMPRESSION : 0) |
 			       (options->extended_l2 ? (uint64_t)QCOW_INCOMPAT_EXTENDED_L2 : 0);
@@ -302,9 +295,20 @@ static int make_header(const struct qcow_create_options *options, const struct l
 	header->data_file_name = options->data_file_name ? strdup(options->data_file_name) : NULL;
 	if ((options->backing_name && !header->backing_name) ||
 		(options->backing_format && !header->backing_format) ||
-		(options->data_file_name && !header->data_file_name))
+		(options->data_file_name && !header->data_file_name)) {
+		qcow_header_fini(header);
 		return -ENOMEM;
+	}
 	return 0;
+}
+
+static void place_tables(const struct layout *layout, struct qcow_header *header)
+{
+	header->refcount_table_off = layout->cluster_size;
+	header->refcount_table_clusters = (uint32_t)layout->table_count;
+	if (header->l1_entry_count)
+		header->l1_off = (1 + layout->table_count + layout->block_count) *
+				 layout->cluster_size;
 }
 
 /* --- writing from front to back --------------------------------------------------------------- */
@@ -484,11 +488,10 @@ suspends int qcow_create(
 		ret = plan(options, &layout, err);
 	if (ret)
 		return ret;
-	ret = make_header(options, &layout, &header);
-	if (ret)
-		err_set(err, ENOMEM, "no memory");
-	else
-		ret = write_image(file, &layout, options, &header, err);
+	if (qcow_create_header(options, &header))
+		return err_set(err, ENOMEM, "no memory");
+	place_tables(&layout, &header);
+	ret = write_image(file, &layout, options, &header, err);
 	qcow_header_fini(&header);
 	return ret;
 }

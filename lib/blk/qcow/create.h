@@ -39,6 +39,9 @@ int qcow_create_check(const struct qcow_create_options *options, struct err *err
 suspends int qcow_create(
 	struct blk *file, const struct qcow_create_options *options, struct err *err);
 
-/* The header, extensions and names of an image as its first cluster holds them; -ENOSPC: they do not fit. */
+/* A header as the options say, its tables not placed yet; qcow_header_fini() it. -ENOMEM. */
 struct qcow_header;
+int qcow_create_header(const struct qcow_create_options *options, struct qcow_header *header);
+
+/* The header, extensions and names of an image as its first cluster holds them; -ENOSPC: they do not fit. */
 int qcow_header_build(const struct qcow_header *header, uint8_t *cluster, struct err *err);
