@@ -9,6 +9,11 @@ const struct img_command *const img_commands[] = {
 	&img_check,
 	&img_repair,
 	&img_snapshot,
+	&img_map,
+	&img_resize,
 	&img_convert,
+	&img_compare,
+	&img_digest,
+	&img_sparsify,
 	NULL,
 };
