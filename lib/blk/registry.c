@@ -12,6 +12,7 @@ const struct blk_ops *const blk_layers[] = {
 	&memory_ops,
 	&qcow_ops,
 	&padded_ops,
+	&mirror_ops,
 	&null_ops,
 	&fault_ops,
 	NULL,

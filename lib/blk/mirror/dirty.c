@@ -1,0 +1,236 @@
+/*
+ * What may differ between the legs, and what may differ after a failure.
+ *
+ * Dirty: a bit per chunk. Clear means: every byte of the chunk is the same on both legs, or a change of it
+ * is under way to both. A chunk becomes clean by a copy step alone, and dirty by a failure alone: while the
+ * secondary works, guests' changes of clean chunks go to both legs. So dirty_count falls steadily, whatever
+ * guests do.
+ *
+ * Recent: a bit per region (of 1 MiB or more, at most 65536 of them) that was written on the secondary and
+ * perhaps is not durable there. When the secondary fails, it may come back without these writes (its machine lost
+ * power): then they are dirty. The settler makes them durable every few seconds, by a flush of both legs: what
+ * was recent when it began is `settling` meanwhile, and nothing afterwards. A change that is under way when
+ * it begins may be missed by the flush, so it is marked again then.
+ *
+ * With an intent log, what is dirty or recent is on the disk before the first leg is written.
+ */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "blk/mirror/mirror_private.h"
+
+int mirror_dirty_init(struct mirror *mirror, struct err *err)
+{
+	uint64_t size = mirror->blk.caps.size;
+
+	mirror->chunk_size = MAX(mirror->chunk_size, (uint64_t)mirror->primary->caps.block_size);
+	mirror->chunk_size = MAX(mirror->chunk_size, (uint64_t)mirror->secondary->caps.block_size);
+	while (size / mirror->chunk_size > MIRROR_CHUNKS_MAX)
+		mirror->chunk_size *= 2;
+	if (mirror->chunk_size > MIRROR_CHUNK_MAX)
+		return err_set(err, EFBIG, "the disk is too large to be mirrored");
+	mirror->chunk_count = (size + mirror->chunk_size - 1) / mirror->chunk_size;
+	mirror->region_size = MAX((uint64_t)MIRROR_REGION_MIN, mirror->chunk_size);
+	while (size / mirror->region_size >= MIRROR_REGIONS_MAX)
+		mirror->region_size *= 2;
+	mirror->region_count = (size + mirror->region_size - 1) / mirror->region_size;
+	mirror->dirty = calloc(bitmap_words(mirror->chunk_count) + 1, sizeof(*mirror->dirty));
+	if (!mirror->dirty)
+		return err_set(err, ENOMEM, "no memory for a bitmap of %llu chunks",
+			(unsigned long long)mirror->chunk_count);
+	return 0;
+}
+
+/* The units of unit_size that [off, off + len) touches. len is not 0. */
+static void units_touched(
+	uint64_t unit_size, uint64_t off, uint64_t len, uint64_t *first, uint64_t *count)
+{
+	*first = off / unit_size;
+	*count = (off + len - 1) / unit_size - *first + 1;
+}
+
+/* --- dirty ------------------------------------------------------------------------------------ */
+
+/* Sets or clears the chunks, keeping count. */
+static void change(struct mirror *mirror, uint64_t first, uint64_t count, bool dirty)
+{
+	while (count) {
+		uint64_t run = bitmap_run(mirror->dirty, first, count);
+
+		if (bitmap_test(mirror->dirty, first) != dirty)
+			mirror->dirty_count += dirty ? run : -run;
+		if (dirty)
+			bitmap_set(mirror->dirty, first, run);
+		else
+			bitmap_clear(mirror->dirty, first, run);
+		first += run;
+		count -= run;
+	}
+}
+
+void mirror_dirty_set(struct mirror *mirror, uint64_t off, uint64_t len)
+{
+	uint64_t first, count;
+
+	if (!len)
+		return;
+	units_touched(mirror->chunk_size, off, len, &first, &count);
+	change(mirror, first, count, true);
+}
+
+/* Of chunks that the range covers; the disk may end in the midst of the last one. */
+void mirror_dirty_clear(struct mirror *mirror, uint64_t off, uint64_t len)
+{
+	uint64_t end = off + len;
+	uint64_t first = (off + mirror->chunk_size - 1) / mirror->chunk_size;
+	uint64_t last = end == mirror->blk.caps.size ? mirror->chunk_count
+						     : end / mirror->chunk_size;
+
+	if (first < last)
+		change(mirror, first, last - first, false);
+}
+
+bool mirror_dirty_all(const struct mirror *mirror, uint64_t off, uint64_t len)
+{
+	uint64_t first, count;
+
+	if (!mirror->dirty_count)
+		return false;
+	units_touched(mirror->chunk_size, off, len, &first, &count);
+	return bitmap_test(mirror->dirty, first) &&
+	       bitmap_run(mirror->dirty, first, count) == count;
+}
+
+bool mirror_dirty_any(const struct mirror *mirror, uint64_t off, uint64_t len)
+{
+	uint64_t first, count;
+
+	if (!mirror->dirty_count)
+		return false;
+	units_touched(mirror->chunk_size, off, len, &first, &count);
+	return bitmap_test(mirror->dirty, first) || bitmap_run(mirror->dirty, first, count) < count;
+}
+
+bool mirror_dirty_next(const struct mirror *mirror, uint64_t off, uint64_t *start, uint64_t *len)
+{
+	uint64_t first = off / mirror->chunk_size;
+
+	if (!mirror->dirty_count || first >= mirror->chunk_count)
+		return false;
+	if (!bitmap_test(mirror->dirty, first))
+		first += bitmap_run(mirror->dirty, first, mirror->chunk_count - first);
+	if (first >= mirror->chunk_count)
+		return false;
+
+	uint64_t run = bitmap_run(mirror->dirty, first, mirror->chunk_count - first);
+	uint64_t end = MIN((first + run) * mirror->chunk_size, mirror->blk.caps.size);
+
+	*start = first * mirror->chunk_size;
+	*len = end - *start;
+	return true;
+}
+
+/* --- recent ----------------------------------------------------------------------------------- */
+
+void mirror_recent_mark(struct mirror *mirror, uint64_t off, uint64_t len)
+{
+	uint64_t first, count;
+
+	units_touched(mirror->region_size, off, len, &first, &count);
+	bitmap_set(mirror->recent, first, count);
+	if (unlikely(!mirror->any_recent)) {
+		mirror->any_recent = true;
+		co_queue_wake_all(&mirror->settle_wanted);
+	}
+}
+
+void mirror_recent_to_dirty(struct mirror *mirror)
+{
+	for (uint64_t i = 0; i < mirror->region_count; i++) {
+		uint64_t off = i * mirror->region_size;
+		uint64_t len = MIN(mirror->region_size, mirror->blk.caps.size - off);
+
+		if (bitmap_test(mirror->recent, i) || bitmap_test(mirror->settling, i))
+			mirror_dirty_set(mirror, off, len);
+	}
+}
+
+void mirror_regions_needed(const struct mirror *mirror, uint64_t *regions)
+{
+	uint64_t start, len, first, count;
+
+	for (size_t i = 0; i < MIRROR_REGION_WORDS; i++)
+		regions[i] = mirror->recent[i] | mirror->settling[i];
+	for (uint64_t off = 0; mirror_dirty_next(mirror, off, &start, &len); off = start + len) {
+		units_touched(mirror->region_size, start, len, &first, &count);
+		bitmap_set(regions, first, count);
+	}
+}
+
+/* --- settling --------------------------------------------------------------------------------- */
+
+/* What is recent becomes settling; what is being changed right now stays recent. */
+static void begin_settling(struct mirror *mirror)
+{
+	for (size_t i = 0; i < MIRROR_REGION_WORDS; i++)
+		mirror->settling[i] |= mirror->recent[i];
+	memset(mirror->recent, 0, sizeof(mirror->recent));
+	mirror->any_recent = false;
+	list_for_each (link, &mirror->writes.held) {
+		const struct range *range = list_entry(link, struct range, link);
+		uint64_t end = MIN(range->off + range->len, mirror->blk.caps.size);
+
+		if (range->off < end)
+			mirror_recent_mark(mirror, range->off, end - range->off);
+	}
+}
+
+static suspends void settle(struct mirror *mirror)
+{
+	unsigned degradations = mirror->degradations;
+
+	if (!mirror_leg_used(mirror))
+		return;
+	begin_settling(mirror);
+
+	struct leg_op *op = leg_begin(mirror, LEG_FLUSH, 0, 0, 0, NULL);
+	int primary_ret = blk_flush(mirror->primary);
+	int ret = leg_end(op);
+
+	if (ret)
+		mirror_degrade(mirror, "flush", 0, 0, ret);
+	if (ret || primary_ret || degradations != mirror->degradations) {
+		/* Tried again with what comes then, or dirty by now. */
+		for (size_t i = 0; i < MIRROR_REGION_WORDS; i++)
+			mirror->recent[i] |= mirror->settling[i];
+		mirror->any_recent = true;
+	}
+	memset(mirror->settling, 0, sizeof(mirror->settling));
+	mirror_log_relax(mirror);
+}
+
+suspends void mirror_settle(struct mirror *mirror)
+{
+	co_mutex_lock(&mirror->settle_mutex);
+	settle(mirror);
+	co_mutex_unlock(&mirror->settle_mutex);
+}
+
+suspends void mirror_settler_run(void *arg)
+{
+	struct mirror *mirror = arg;
+
+	while (!mirror->closing) {
+		if (!mirror->any_recent) {
+			co_queue_wait(&mirror->settle_wanted);
+			continue;
+		}
+		uint64_t due_ns = reactor_now_ns() + MIRROR_SETTLE_NS;
+
+		while (!mirror->closing && co_queue_wait_until(&mirror->settle_wanted, due_ns))
+			;
+		if (!mirror->closing)
+			mirror_settle(mirror);
+	}
+}

@@ -1,0 +1,303 @@
+/*
+ * What is done with a mirror while guests use it: begin, pause, promote, cancel, compare; see mirror.h.
+ *
+ * To end it, the whole disk is locked like by a guest's change: that waits for the changes and copy steps
+ * under way and lets reads pass. What waits for the lock meanwhile, and what comes later, looks at the phase
+ * after it has it, and goes to the leg that serves from now on. So nothing is lost, and nothing is drained.
+ */
+#include <assert.h>
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "base/units.h"
+#include "blk/layers.h"
+#include "blk/mirror/mirror_private.h"
+#include "rt/buf.h"
+
+struct blk *mirror_find(struct blk *blk)
+{
+	while (blk && blk->ops != &mirror_ops)
+		blk = blk->below;
+	return blk;
+}
+
+bool mirror_in_sync(const struct blk *blk)
+{
+	const struct mirror *mirror = to_mirror(blk);
+
+	return mirror->phase == MIRROR_IN_SYNC && !mirror->dirty_count;
+}
+
+uint64_t mirror_bytes_dirty(const struct blk *blk)
+{
+	const struct mirror *mirror = to_mirror(blk);
+	uint64_t bytes = mirror->dirty_count * mirror->chunk_size, size = blk->caps.size;
+
+	/* The last chunk may be a short one. */
+	if (mirror->dirty_count && bitmap_test(mirror->dirty, mirror->chunk_count - 1))
+		bytes -= mirror->chunk_count * mirror->chunk_size - size;
+	return bytes;
+}
+
+suspends void mirror_wait_change(struct blk *blk, uint64_t deadline_ns)
+{
+	struct mirror *mirror = to_mirror(blk);
+
+	if (!mirror->closing)
+		co_queue_wait_until(&mirror->changed, deadline_ns);
+}
+
+suspends int mirror_begin_live(struct blk *blk, struct err *err)
+{
+	struct mirror *mirror = to_mirror(blk);
+	int ret;
+
+	mirror_dirty_set(mirror, 0, blk->caps.size);
+	snprintf(mirror->note, sizeof(mirror->note), "everything is copied: the mirror is new");
+	ret = mirror_log_rewrite(mirror);
+	if (ret)
+		return err_sys(err, -ret, "mirror: intent-log \"%s\"", mirror->log_path);
+	blk_drain_begin(mirror->primary);
+	blk_drain_end(mirror->primary);
+	mirror_resume(blk);
+	return 0;
+}
+
+/* --- pause, resume, rate ---------------------------------------------------------------------- */
+
+void mirror_pause(struct blk *blk)
+{
+	struct mirror *mirror = to_mirror(blk);
+
+	mirror->paused = true;
+	co_queue_wake_all(&mirror->copy_wanted);
+	co_queue_wake_all(&mirror->changed);
+}
+
+void mirror_resume(struct blk *blk)
+{
+	struct mirror *mirror = to_mirror(blk);
+
+	mirror->paused = false;
+	mirror->retry_at_ns = 0;
+	mirror->began_ns = reactor_now_ns();
+	mirror->began_bytes = mirror->copied_bytes + mirror->skipped_bytes;
+	co_queue_wake_all(&mirror->copy_wanted);
+	co_queue_wake_all(&mirror->changed);
+}
+
+void mirror_set_rate(struct blk *blk, uint64_t bytes_per_s)
+{
+	struct mirror *mirror = to_mirror(blk);
+
+	mirror->rate = bytes_per_s;
+	mirror->rate_allowed_ns = reactor_now_ns();
+	co_queue_wake_all(&mirror->copy_wanted);
+}
+
+/* --- the end ---------------------------------------------------------------------------------- */
+
+static void detach(struct mirror *mirror, bool promoted)
+{
+	mirror->promoted = promoted;
+	snprintf(mirror->note, sizeof(mirror->note), promoted ? "promoted" : "cancelled");
+	mirror_set_phase(mirror, MIRROR_DETACHED);
+}
+
+suspends void mirror_cancel(struct blk *blk)
+{
+	struct mirror *mirror = to_mirror(blk);
+	struct range range;
+
+	range_lock_acquire(&mirror->writes, &range, 0, UINT64_MAX, true);
+	mirror_log_end(mirror, false);
+	detach(mirror, false);
+	range_lock_release(&mirror->writes, &range);
+}
+
+static int refuse_promote(const struct mirror *mirror, struct err *err)
+{
+	char text[UNITS_SIZE_TEXT_LEN];
+
+	units_format_size(mirror_bytes_dirty(&mirror->blk), text);
+	if (mirror->phase == MIRROR_DEGRADED)
+		return err_set(err, EAGAIN,
+			"not in sync: the secondary failed (%s), and %s may differ",
+			mirror->secondary_failure.text, text);
+	return err_set(err, EAGAIN, "not in sync: %s %s", text,
+		mirror->paused ? "are to be copied, and the mirror is paused"
+			       : "are still to be copied");
+}
+
+/* The legs change places; requests under way have theirs in hand. */
+static void exchange(struct mirror *mirror)
+{
+	struct blk *old = mirror->primary;
+
+	list_remove(&mirror->secondary->extra_link);
+	list_push_back(&mirror->blk.extra_children, &old->extra_link);
+	mirror->primary = mirror->blk.below = mirror->secondary;
+	mirror->secondary = old;
+}
+
+static suspends int promote_locked(struct mirror *mirror, bool force, bool keep, struct err *err)
+{
+	bool in_sync = mirror_in_sync(&mirror->blk);
+	struct leg_op *op;
+	int ret;
+
+	if (mirror->phase == MIRROR_DETACHED)
+		return err_set(err, EINVAL, "the mirror has ended: %s", mirror->note);
+	if (!in_sync && (!force || keep))
+		return refuse_promote(mirror, err);
+	op = leg_begin(mirror, LEG_FLUSH, 0, 0, 0, NULL);
+	blk_flush(mirror->primary); /* its errors are a reason to promote, not to refuse */
+	ret = leg_end(op);
+	if (ret) {
+		mirror_degrade(mirror, "flush", 0, 0, ret);
+		return err_sys(err, -ret, "the secondary cannot be flushed");
+	}
+	ret = mirror_log_end(mirror, true);
+	if (ret && !force)
+		return err_sys(err, -ret, "the intent log \"%s\" cannot be told", mirror->log_path);
+	if (keep)
+		exchange(mirror);
+	else
+		detach(mirror, true);
+	return 0;
+}
+
+suspends int mirror_promote(struct blk *blk, bool force, bool keep, struct err *err)
+{
+	struct mirror *mirror = to_mirror(blk);
+	struct range range;
+	int ret;
+
+	range_lock_acquire(&mirror->writes, &range, 0, UINT64_MAX, true);
+	ret = promote_locked(mirror, force, keep, err);
+	range_lock_release(&mirror->writes, &range);
+	return ret;
+}
+
+void mirror_unlink(struct blk *blk, struct blk **top)
+{
+	struct mirror *mirror = to_mirror(blk);
+	struct blk *parent = blk->parent, *rest = mirror_main_leg(mirror);
+
+	assert(mirror->phase == MIRROR_DETACHED);
+	if (mirror->promoted)
+		list_remove(&rest->extra_link);
+	else
+		blk->below = NULL;
+	rest->parent = parent;
+	blk->parent = NULL;
+	if (parent) {
+		assert(parent->below == blk);
+		parent->below = rest;
+	} else {
+		assert(*top == blk);
+		rest->listener = blk->listener;
+		blk->listener = NULL;
+		*top = rest;
+	}
+}
+
+/* --- comparing -------------------------------------------------------------------------------- */
+
+/* How far from off on both legs are known to be zero; 0: not at all. */
+static suspends uint64_t zero_run(struct mirror *mirror, uint64_t off, uint64_t len)
+{
+	struct blk_extent list[1];
+	struct blk_extents extents;
+	struct leg_op *op;
+	uint64_t run = 0;
+
+	blk_extents_init(&extents, list, ARRAY_LEN(list));
+	if (blk_extents(mirror->primary, off, len, &extents) || !(list[0].flags & BLK_EXTENT_ZERO))
+		return 0;
+	op = leg_begin(mirror, LEG_EXTENTS, off, list[0].len, 0, NULL);
+	if (!leg_wait(op) && op->list[0].flags & BLK_EXTENT_ZERO)
+		run = op->list[0].len;
+	leg_put(op);
+	return run;
+}
+
+static suspends void note_difference(struct mirror *mirror, uint64_t off, const char *a,
+	const char *b, uint64_t len, struct mirror_comparison *sum)
+{
+	for (uint64_t i = 0; i < len; i++) {
+		if (a[i] == b[i])
+			continue;
+		if (!sum->different++)
+			sum->first_off = off + i;
+	}
+	mirror_recent_mark(mirror, off, len);
+	mirror_log_require(mirror, off, len);
+	mirror_dirty_set(mirror, off, len);
+	co_queue_wake_all(&mirror->copy_wanted);
+}
+
+static suspends int compare_data(struct mirror *mirror, uint64_t off, uint64_t len,
+	struct mirror_comparison *sum, struct err *err)
+{
+	struct leg_op *op = leg_begin(mirror, LEG_READ, off, len, 0, NULL);
+	char *buf = buf_get(len);
+	int ret = buf ? blk_read(mirror->primary, off, buf, len) : -ENOMEM;
+	int leg_ret = leg_wait(op);
+
+	if (ret) {
+		err_sys(err, -ret, "the primary cannot be read at %llu", (unsigned long long)off);
+	} else if (leg_ret) {
+		ret = leg_ret;
+		err_sys(err, -ret, "the secondary cannot be read at %llu", (unsigned long long)off);
+	} else {
+		sum->compared += len;
+		if (memcmp(buf, op->buf, len))
+			note_difference(mirror, off, buf, op->buf, len, sum);
+	}
+	buf_put(buf, len);
+	leg_put(op);
+	return ret;
+}
+
+/* The range is locked. */
+static suspends int compare_locked(struct mirror *mirror, uint64_t off, uint64_t *len,
+	struct mirror_comparison *sum, struct err *err)
+{
+	uint64_t zeroes;
+
+	if (!mirror_leg_used(mirror))
+		return err_set(err, EAGAIN,
+			"the secondary is not in use, so there is nothing to "
+			"compare with");
+	if (mirror_dirty_any(mirror, off, *len)) {
+		uint64_t chunk_end = round_down(off, mirror->chunk_size) + mirror->chunk_size;
+
+		*len = MIN(*len, chunk_end - off);
+		if (mirror_dirty_any(mirror, off, *len))
+			return 0;
+	}
+	zeroes = zero_run(mirror, off, *len);
+	if (zeroes) {
+		*len = zeroes;
+		sum->compared += zeroes;
+		return 0;
+	}
+	*len = MIN(*len, (uint64_t)MIRROR_STEP_MAX_BYTES);
+	return compare_data(mirror, off, *len, sum, err);
+}
+
+suspends int mirror_compare(struct blk *blk, uint64_t off, uint64_t *len,
+	struct mirror_comparison *sum, struct err *err)
+{
+	struct mirror *mirror = to_mirror(blk);
+	struct range range;
+	int ret;
+
+	*len = MIN(*len, (uint64_t)MIRROR_CLEAR_MAX_BYTES);
+	range_lock_acquire(&mirror->writes, &range, off, *len, false);
+	ret = compare_locked(mirror, off, len, sum, err);
+	range_lock_release(&mirror->writes, &range);
+	return ret;
+}

@@ -1,0 +1,70 @@
+/*
+ * mirror: what may be done with a mirror while it runs; for the control socket and for tests.
+ *
+ * A mirror is a layer like others (options in mirror.c); its state is read with blk_status(). Everything here is
+ * called on the home reactor of the stack, one call of a mirror at a time.
+ *
+ * A mirror comes into a running stack in two steps: open it on top (blk_open_layer(), which leaves what is
+ * below as it is), let all new requests go to it, then mirror_begin_live(). It goes again by mirror_cancel() or
+ * mirror_promote(), then mirror_unlink(), which says what takes its place, then stack_close().
+ */
+#pragma once
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "base/err.h"
+#include "blk/blk.h"
+
+/* The first mirror from blk down; NULL when there is none. */
+struct blk *mirror_find(struct blk *blk);
+
+/*
+ * What is below was used directly until now: waits for those requests, takes the whole disk for dirty, and
+ * copies. To be opened with `paused = true`.
+ */
+suspends int mirror_begin_live(struct blk *blk, struct err *err);
+
+/* No copying until mirror_resume(), which also tries a degraded secondary again at once. */
+void mirror_pause(struct blk *blk);
+void mirror_resume(struct blk *blk);
+
+/* bytes/s for the copy; 0: as fast as it goes. */
+void mirror_set_rate(struct blk *blk, uint64_t bytes_per_s);
+
+/* Every byte of both legs is the same, and stays so. */
+bool mirror_in_sync(const struct blk *blk);
+
+/* How many bytes may differ, and whether the mirror has finished a copy since it began; for progress. */
+uint64_t mirror_bytes_dirty(const struct blk *blk);
+
+/* Waits until something changed that status tells (a phase, some progress) or deadline_ns has come. */
+suspends void mirror_wait_change(struct blk *blk, uint64_t deadline_ns);
+
+/* The secondary gets nothing more: requests go to the primary alone. */
+suspends void mirror_cancel(struct blk *blk);
+
+/*
+ * The secondary takes the primary's place; no request is lost or waits for long. Without force, both
+ * legs have to be the same (-EAGAIN says what is missing); the rest of the secondary is old otherwise.
+ * keep: the mirror stays, with exchanged legs; for mirrors in sync only. Else it only passes requests on now,
+ * and is to be unlinked.
+ */
+suspends int mirror_promote(struct blk *blk, bool force, bool keep, struct err *err);
+
+/*
+ * After one of these two: takes the mirror out of its stack; *top is changed if it was the mirror. What is
+ * left, for stack_close(), is the mirror with the leg that is not used any more.
+ */
+void mirror_unlink(struct blk *blk, struct blk **top);
+
+/*
+ * Compares both legs in [off, off + *len), or a part from off on: then *len is set to it. What is known to be
+ * dirty is left out. What differs is taken for dirty, and so copied again. -errno when a leg cannot be read.
+ */
+struct mirror_comparison {
+	uint64_t compared, different; /* bytes */
+	uint64_t first_off;           /* of a difference, if there is one */
+};
+suspends int mirror_compare(struct blk *blk, uint64_t off, uint64_t *len,
+	struct mirror_comparison *sum, struct err *err);

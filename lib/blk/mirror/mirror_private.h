@@ -1,0 +1,229 @@
+/*
+ * The insides of the mirror layer, shared by the files of this folder.
+ *
+ *	mirror.c	the op table, options, open and close, what guests do
+ *	check.c		whether two disks can be a mirror at all
+ *	leg.c		the secondary: requests to it that may be given up, and what a failure of it means
+ *	dirty.c		which chunks may differ, which regions were written lately
+ *	copy.c		the copy in the background: pace, passes, retries
+ *	log.c		the write-intent log
+ *	live.c		pause, promote, cancel, compare
+ *	status.c	what status tells
+ */
+#pragma once
+
+#include "base/bitmap.h"
+#include "base/util.h"
+#include "blk/blk.h"
+#include "blk/mirror/mirror.h"
+#include "rt/lock.h"
+#include "rt/reactor.h"
+
+/* --- limits ----------------------------------------------------------------------------------- */
+
+#define MIRROR_CHUNK_MIN  4096U
+#define MIRROR_CHUNK_MAX  (4U << 20)
+#define MIRROR_CHUNKS_MAX (UINT64_C(1) << 26) /* a bitmap of 8 MiB; then chunks grow */
+#define MIRROR_STEP_MAX_BYTES \
+	(256U << 10) /* of data copied at a time: a guest waits for one step */
+#define MIRROR_CLEAR_MAX_BYTES (64U << 20) /* of zeroes passed over, or made, at a time */
+#define MIRROR_STEPS           4           /* of the copy at the same time */
+#define MIRROR_LEG_OPS         256         /* requests to the secondary at the same time */
+#define MIRROR_LEG_MAX_BYTES \
+	(64U << 20)           /* what these hold in copies of data; one alone may be more */
+#define MIRROR_EXTENTS      8 /* asked for in one call */
+#define MIRROR_REGION_MIN   (1U << 20)
+#define MIRROR_REGIONS_MAX  65536U
+#define MIRROR_REGION_WORDS (MIRROR_REGIONS_MAX / 64)
+#define MIRROR_SETTLE_NS    (5 * NS_PER_SEC)
+#define MIRROR_RETRY_MIN_NS NS_PER_SEC
+#define MIRROR_RETRY_MAX_NS (60 * NS_PER_SEC)
+
+struct mirror;
+
+/* --- requests to the secondary ---------------------------------------------------------------- */
+
+enum leg_kind { LEG_READ, LEG_WRITE, LEG_ZERO, LEG_DISCARD, LEG_FLUSH, LEG_EXTENTS };
+
+/*
+ * One request. It has its own copy of the data, so that whoever asked need not wait for it to the bitter end:
+ * what was given up goes on alone and frees itself.
+ */
+struct leg_op {
+	struct list link; /* in mirror->free_ops */
+	struct mirror *mirror;
+	enum leg_kind kind;
+	uint64_t off, len;
+	unsigned flags;
+	char *buf; /* len bytes, of reads and writes */
+	struct blk_extent list[MIRROR_EXTENTS];
+	struct blk_extents extents;
+	uint64_t deadline_ns;
+	int ret;
+	bool done, given_up;
+	struct co_queue finished;
+};
+
+/*
+ * Begins a request (data: what to write, copied). NULL when it could not begin in time or for want of memory:
+ * leg_end() takes that.
+ */
+suspends struct leg_op *leg_begin(struct mirror *mirror, enum leg_kind kind, uint64_t off,
+	uint64_t len, unsigned flags, const void *data);
+/* Waits for the end, or the deadline: 0, -errno, -ETIMEDOUT. The op stays until leg_put(). */
+suspends int leg_wait(struct leg_op *op);
+void leg_put(struct leg_op *op); /* NULL is fine */
+/* leg_wait() and leg_put(). */
+suspends int leg_end(struct leg_op *op);
+
+/* The secondary failed: from now on the primary serves alone, and [off, off + len) is dirty, too. */
+void mirror_degrade(struct mirror *mirror, const char *what, uint64_t off, uint64_t len, int error);
+
+/* The next attempt on the secondary is farther away than the last one was. */
+void mirror_retry_later(struct mirror *mirror);
+
+/* --- the intent log --------------------------------------------------------------------------- */
+
+struct mirror_log {
+	struct blk *blk; /* NULL: there is none */
+	bool broken;     /* could not be written; what is on it is not to be trusted */
+	bool promoted;   /* what its header says */
+	uint64_t durable[MIRROR_REGION_WORDS]; /* what is on the disk */
+	struct co_mutex mutex;                 /* held by whoever writes it */
+	uint64_t writes;
+};
+
+/* --- the layer -------------------------------------------------------------------------------- */
+
+enum mirror_phase { MIRROR_COPYING, MIRROR_IN_SYNC, MIRROR_DEGRADED, MIRROR_DETACHED };
+enum mirror_on_error { MIRROR_RETRY, MIRROR_STOP };
+
+struct mirror_failure {
+	char text[160]; /* "" : none so far */
+	int64_t time;   /* CLOCK_REALTIME, seconds */
+	uint64_t count;
+};
+
+struct mirror {
+	struct blk blk;
+
+	/* options */
+	const struct conf *secondary_conf;
+	bool overwrite, paused;
+	uint64_t rate; /* bytes/s, 0: none */
+	uint64_t chunk_size;
+	int on_error; /* enum mirror_on_error */
+	int64_t timeout_s;
+	const char *log_path;
+
+	/*
+	 * The legs. primary is blk.below until a promotion; requests use these pointers, so that they can
+	 * finish while the graph is being changed.
+	 */
+	struct blk *primary, *secondary;
+	enum mirror_phase phase;
+	bool promoted; /* detached, and the secondary serves */
+	bool closing;
+	struct range_lock writes; /* guests' changes and copy steps, exclusive */
+	char note[224];           /* why it copies what it copies */
+	int64_t phase_time;       /* since when it is in this phase, seconds */
+
+	/* dirty.c */
+	uint64_t chunk_count, dirty_count;
+	uint64_t *dirty; /* a bit per chunk that may differ */
+	uint64_t region_size, region_count;
+	uint64_t recent[MIRROR_REGION_WORDS];   /* written since the last settling began */
+	uint64_t settling[MIRROR_REGION_WORDS]; /* written before, being flushed */
+	bool any_recent;
+	struct co_mutex settle_mutex;
+	struct co_queue settle_wanted;
+
+	/* leg.c */
+	struct leg_op *ops;
+	struct list free_ops;
+	struct co_queue op_free;
+	struct co_group ops_running; /* given up ones as well */
+	uint64_t op_bytes;
+	unsigned degradations; /* counts; whoever waits meanwhile compares */
+	struct mirror_failure secondary_failure, primary_failure;
+	uint64_t retry_at_ns, retry_delay_ns;
+
+	/* copy.c */
+	struct co_group tasks; /* the coroutines of the mirror itself */
+	struct co_queue copy_wanted;
+	struct co_queue changed; /* who waits for progress */
+	struct co_mutex claiming;
+	uint64_t step_max;   /* MIRROR_STEP_MAX_BYTES; tests take smaller ones */
+	uint64_t cursor;     /* the pass has come to this offset */
+	uint64_t data_until; /* up to here the primary was seen to be data */
+	bool pass_failed;
+	bool single_chunks; /* a pass failed: find out which chunk it is */
+	uint64_t copy_allowed_ns, rate_allowed_ns;
+	uint64_t copied_bytes, skipped_bytes, completed_count;
+	uint64_t began_ns,
+		began_bytes; /* for the rate: when this copy began, and copied_bytes then */
+
+	/* what guests do */
+	uint64_t guest_count, guest_seen; /* requests; as the copy last saw them */
+	uint64_t guest_written;           /* bytes */
+	uint64_t served_by_secondary;     /* reads */
+
+	struct mirror_log log;
+};
+
+static inline struct mirror *to_mirror(const struct blk *blk)
+{
+	return container_of((struct blk *)blk, struct mirror, blk);
+}
+
+/* The secondary takes part in what guests do. */
+static inline bool mirror_leg_used(const struct mirror *mirror)
+{
+	return mirror->phase == MIRROR_COPYING || mirror->phase == MIRROR_IN_SYNC;
+}
+
+/* Who serves when the mirror only passes on, and who is asked first otherwise. */
+static inline struct blk *mirror_main_leg(const struct mirror *mirror)
+{
+	return mirror->promoted ? mirror->secondary : mirror->primary;
+}
+
+/* check.c. The first looks at configuration alone, and at the files that it names. */
+suspends int mirror_check_identity(const struct mirror *mirror, struct err *err);
+int mirror_check_legs(const struct mirror *mirror, struct err *err);
+bool mirror_conf_nests(const struct conf *stack);
+
+/* dirty.c */
+int mirror_dirty_init(struct mirror *mirror, struct err *err);
+void mirror_dirty_set(struct mirror *mirror, uint64_t off, uint64_t len);
+void mirror_dirty_clear(struct mirror *mirror, uint64_t off, uint64_t len);
+bool mirror_dirty_all(const struct mirror *mirror, uint64_t off, uint64_t len);
+bool mirror_dirty_any(const struct mirror *mirror, uint64_t off, uint64_t len);
+/* The next run of dirty chunks at or after off, as bytes within the disk; false when there is none. */
+bool mirror_dirty_next(const struct mirror *mirror, uint64_t off, uint64_t *start, uint64_t *len);
+/* Both legs are about to be written there. */
+void mirror_recent_mark(struct mirror *mirror, uint64_t off, uint64_t len);
+void mirror_recent_to_dirty(struct mirror *mirror);
+/* The regions that the log must have: recent or with dirty chunks. */
+void mirror_regions_needed(const struct mirror *mirror, uint64_t *regions);
+/* Makes what was written so far durable on both legs, and forgets that it was recent. */
+suspends void mirror_settle(struct mirror *mirror);
+suspends void mirror_settler_run(void *arg);
+
+/* copy.c */
+suspends void mirror_copier_run(void *arg);
+void mirror_set_phase(struct mirror *mirror, enum mirror_phase phase);
+/* A read of the primary failed: for status. */
+void mirror_primary_failed(struct mirror *mirror, uint64_t off, uint64_t len, int ret);
+
+/* log.c; all do nothing without a log. */
+suspends int mirror_log_open(struct mirror *mirror, struct err *err);
+/* Returns when the regions of the range are durable on the log. */
+suspends int mirror_log_require(struct mirror *mirror, uint64_t off, uint64_t len);
+suspends int mirror_log_rewrite(struct mirror *mirror); /* header and all regions that are needed */
+suspends void mirror_log_relax(struct mirror *mirror);  /* takes back what is not needed any more */
+/* The mirror ends: a restart with the same roles must not trust the log, or not run at all (promoted). */
+suspends int mirror_log_end(struct mirror *mirror, bool promoted);
+
+/* status.c */
+void mirror_status(struct blk *blk, json_t *object);

@@ -1,0 +1,290 @@
+/*
+ * The mirror layer when a leg fails, hangs or comes back: guests see nothing of the secondary's troubles, what
+ * was missed is copied later, and the primary's read errors are made up for.
+ */
+#include "mirror_rig.h"
+
+#define STACK                                                                              \
+	"( { layer = 'mirror'; overwrite = true; timeout = 1; chunk = 4096; %s"            \
+	"    secondary = ( { layer = 'fault' }, { layer = 'memory'; size = 2097664 } ) }," \
+	"  { layer = 'fault' }, { layer = 'memory'; size = 2097664 } )"
+
+static char buf[1 << 20];
+
+static void retry_now(struct mirror *mirror)
+{
+	mirror_resume(&mirror->blk);
+}
+
+/* Whatever operation of the secondary fails first, in the copy or afterwards. */
+suspends CO_TEST(test_secondary_fails_at_every_phase)
+{
+	static const unsigned ops[] = { FAULT_WRITE, FAULT_FLUSH, FAULT_ZERO | FAULT_DISCARD,
+		FAULT_EXTENTS, FAULT_ALL };
+
+	for (size_t i = 0; i < ARRAY_LEN(ops); i++) {
+		for (uint64_t countdown = 1; countdown < 40; countdown = countdown * 2 + 1) {
+			struct fault_rules rules = {
+				.ops = ops[i], .countdown = countdown, .error = EIO, .torn = true
+			};
+			struct test_stack stack;
+
+			test_stack_open(&stack, STACK, "paused = true;");
+
+			struct mirror *mirror = mirror_of(&stack);
+			struct blk *fault = fault_find(mirror->secondary);
+
+			fill_leg(mirror->primary, 0, 1 << 20, 'p');
+			fill_leg(mirror->secondary, 1 << 20, 1 << 19, 's');
+			fault_set(fault, &rules);
+			mirror_resume(&mirror->blk);
+			for (uint64_t off = 0; off < 2 << 20; off += 150000) {
+				memset(buf, 'a' + (int)(off % 23), 40000);
+				ck_assert_int_eq(blk_write(&mirror->blk, off, buf, 40000, 0), 0);
+				ck_assert_int_eq(
+					blk_discard(&mirror->blk, off + 50000, 9000, 0), 0);
+				ck_assert_int_eq(blk_flush(&mirror->blk), 0);
+				co_sleep_ns(50000);
+			}
+			fault_set(fault, NULL);
+			retry_now(mirror);
+			wait_phase(mirror, MIRROR_IN_SYNC);
+			check_legs_equal(mirror);
+			test_stack_close(&stack);
+		}
+	}
+}
+
+suspends CO_TEST(test_degraded_and_resynchronised)
+{
+	struct fault_rules broken = { .ops = FAULT_ALL, .every = 1, .error = ENOSPC };
+	struct test_stack stack;
+
+	test_stack_open(&stack, STACK, "");
+
+	struct mirror *mirror = mirror_of(&stack);
+
+	fill_leg(&mirror->blk, 0, 1 << 20, 'a');
+	wait_phase(mirror, MIRROR_IN_SYNC);
+	mirror_settle(mirror);
+	fault_set(fault_find(mirror->secondary), &broken);
+	memset(buf, 'b', sizeof(buf));
+	ck_assert_int_eq(blk_write(&mirror->blk, 8192, buf, 4096, 0), 0);
+	ck_assert_int_eq(mirror->phase, MIRROR_DEGRADED);
+	ck_assert_int_eq(blk_write(&mirror->blk, 1 << 20, buf, 4097, 0), 0);
+
+	json_t *status = status_of(mirror), *failure = json_object_get(status, "secondary_error");
+
+	ck_assert_str_eq(json_string_value(json_object_get(status, "phase")), "degraded");
+	ck_assert_str_eq(json_string_value(json_object_get(failure, "text")),
+		"write of 4096 bytes at 8192: No space left on device");
+	ck_assert_int_ge(json_integer_value(json_object_get(failure, "time")), 1);
+	json_decref(status);
+
+	uint64_t copied = mirror->copied_bytes;
+
+	fault_set(fault_find(mirror->secondary), NULL);
+	wait_phase(mirror, MIRROR_IN_SYNC); /* by itself, after a second */
+	check_legs_equal(mirror);
+	ck_assert_uint_le(mirror->copied_bytes - copied, 2 << 20);
+	test_stack_close(&stack);
+}
+
+/* What was written and not flushed may be gone when the secondary comes back. */
+suspends CO_TEST(test_unflushed_writes_are_copied_again)
+{
+	struct fault_rules broken = { .ops = FAULT_FLUSH, .every = 1, .error = EIO };
+	struct test_stack stack;
+
+	test_stack_open(&stack, STACK, "");
+
+	struct mirror *mirror = mirror_of(&stack);
+
+	wait_phase(mirror, MIRROR_IN_SYNC);
+	memset(buf, 'b', sizeof(buf));
+	ck_assert_int_eq(blk_write(&mirror->blk, 8192, buf, 4096, 0), 0);
+	ck_assert(leg_holds(mirror->secondary, 8192, 4096, 'b'));
+	/* its power fails: it loses the write, and says so to the flush */
+	fill_leg(mirror->secondary->below, 8192, 4096, 0);
+	fault_set(fault_find(mirror->secondary), &broken);
+	ck_assert_int_eq(blk_flush(&mirror->blk), 0);
+	ck_assert_int_eq(mirror->phase, MIRROR_DEGRADED);
+	fault_set(fault_find(mirror->secondary), NULL);
+	retry_now(mirror);
+	wait_phase(mirror, MIRROR_IN_SYNC);
+	ck_assert(leg_holds(mirror->secondary, 8192, 4096, 'b'));
+	test_stack_close(&stack);
+}
+
+suspends CO_TEST(test_hanging_secondary_does_not_hang_guests)
+{
+	struct fault_rules hangs = { .delay_ops = FAULT_ALL, .delay_us = 3000000 };
+	struct test_stack stack;
+
+	test_stack_open(&stack, STACK, "");
+
+	struct mirror *mirror = mirror_of(&stack);
+
+	wait_phase(mirror, MIRROR_IN_SYNC);
+	fault_set(fault_find(mirror->secondary), &hangs);
+	memset(buf, 'h', sizeof(buf));
+
+	uint64_t start_ns = reactor_now_ns();
+
+	ck_assert_int_eq(blk_write(&mirror->blk, 0, buf, 4096, 0), 0);
+	ck_assert_int_eq(mirror->phase, MIRROR_DEGRADED);
+	ck_assert_ptr_nonnull(strstr(mirror->secondary_failure.text, "no answer within 1 s"));
+	/* the next ones do not even wait; the late write must not undo this one */
+	memset(buf, 'i', sizeof(buf));
+	for (int i = 0; i < 100; i++)
+		ck_assert_int_eq(blk_write(&mirror->blk, 0, buf, 4096, 0), 0);
+	ck_assert_uint_lt(reactor_now_ns() - start_ns, 2900 * NS_PER_MS);
+	fault_set(fault_find(mirror->secondary), NULL);
+	wait_phase(mirror, MIRROR_IN_SYNC);
+	ck_assert_uint_ge(reactor_now_ns() - start_ns, 2900 * NS_PER_MS);
+	check_legs_equal(mirror);
+	ck_assert(leg_holds(mirror->secondary, 0, 4096, 'i'));
+	test_stack_close(&stack);
+}
+
+/* A copy step that hangs lets go of its range. */
+suspends CO_TEST(test_hanging_copy_lets_guests_write)
+{
+	struct fault_rules hangs = { .delay_ops = FAULT_ALL, .delay_us = 2500000 };
+	struct test_stack stack;
+
+	test_stack_open(&stack, STACK, "paused = true;");
+
+	struct mirror *mirror = mirror_of(&stack);
+
+	fill_leg(mirror->primary, 0, 1 << 20, 'p');
+	fault_set(fault_find(mirror->secondary), &hangs);
+	mirror_resume(&mirror->blk);
+	co_sleep_ns(10 * NS_PER_MS);
+	memset(buf, 'g', sizeof(buf));
+
+	uint64_t start_ns = reactor_now_ns();
+
+	ck_assert_int_eq(blk_write(&mirror->blk, 0, buf, 65536, 0), 0);
+	ck_assert_uint_lt(reactor_now_ns() - start_ns, 2200 * NS_PER_MS);
+	ck_assert_int_eq(mirror->phase, MIRROR_DEGRADED);
+	fault_set(fault_find(mirror->secondary), NULL);
+	wait_phase(mirror, MIRROR_IN_SYNC);
+	check_legs_equal(mirror);
+	ck_assert(leg_holds(mirror->secondary, 0, 65536, 'g'));
+	test_stack_close(&stack);
+}
+
+suspends CO_TEST(test_stop_waits_for_resume)
+{
+	struct fault_rules broken = { .ops = FAULT_WRITE, .countdown = 1, .error = EIO };
+	struct test_stack stack;
+
+	test_stack_open(&stack, STACK, "on-error = 'stop';");
+
+	struct mirror *mirror = mirror_of(&stack);
+
+	wait_phase(mirror, MIRROR_IN_SYNC);
+	fault_set(fault_find(mirror->secondary), &broken);
+	ck_assert_int_eq(blk_write(&mirror->blk, 0, buf, 4096, 0), 0);
+	co_sleep_ns(1500 * NS_PER_MS);
+	ck_assert_int_eq(mirror->phase, MIRROR_DEGRADED);
+	mirror_resume(&mirror->blk);
+	wait_phase(mirror, MIRROR_IN_SYNC);
+	test_stack_close(&stack);
+}
+
+suspends CO_TEST(test_primary_read_answered_by_secondary)
+{
+	struct fault_rules bad = {
+		.ops = FAULT_READ, .from = 65536, .to = 65537, .every = 1, .error = EIO
+	};
+	struct test_stack stack;
+
+	test_stack_open(&stack, STACK, "paused = true;");
+
+	struct mirror *mirror = mirror_of(&stack);
+
+	fill_leg(mirror->primary, 0, 1 << 20, 'r');
+	fault_set(fault_find(mirror->primary), &bad);
+	ck_assert_int_eq(blk_read(&mirror->blk, 65536, buf, 4096), -EIO); /* not copied yet */
+	fault_set(fault_find(mirror->primary), NULL);
+	mirror_resume(&mirror->blk);
+	wait_phase(mirror, MIRROR_IN_SYNC);
+	fault_set(fault_find(mirror->primary), &bad);
+	memset(buf, 0, 4096);
+	ck_assert_int_eq(blk_read(&mirror->blk, 65536, buf, 4096), 0);
+	ck_assert_int_eq(buf[0], 'r');
+	ck_assert_int_eq(buf[4095], 'r');
+	ck_assert_uint_eq(mirror->served_by_secondary, 1);
+	ck_assert_str_eq(
+		mirror->primary_failure.text, "read of 4096 bytes at 65536: Input/output error");
+	test_stack_close(&stack);
+}
+
+/* A bad sector of the primary holds up its chunk alone, and no lock is left behind. */
+suspends CO_TEST(test_unreadable_chunk)
+{
+	struct fault_rules bad = {
+		.ops = FAULT_READ, .from = 65536, .to = 65537, .every = 1, .error = EIO
+	};
+	struct test_stack stack;
+
+	test_stack_open(&stack, STACK, "paused = true;");
+
+	struct mirror *mirror = mirror_of(&stack);
+
+	fill_leg(mirror->primary, 0, 2 << 20, 'r');
+	fault_set(fault_find(mirror->primary), &bad);
+	mirror_resume(&mirror->blk);
+	while (mirror->dirty_count != 1)
+		mirror_wait_change(&mirror->blk, reactor_now_ns() + 10 * NS_PER_MS);
+	ck_assert_int_eq(mirror->phase, MIRROR_COPYING);
+	ck_assert(list_empty(&mirror->writes.held));
+	/* what a guest writes there heals it, in the end */
+	fill_leg(&mirror->blk, 65536, 4096, 'w');
+	fault_set(fault_find(mirror->primary), NULL);
+	mirror_resume(&mirror->blk);
+	wait_phase(mirror, MIRROR_IN_SYNC);
+	check_legs_equal(mirror);
+	test_stack_close(&stack);
+}
+
+/* The guest hears of it, and the legs are made equal all the same. */
+suspends CO_TEST(test_primary_write_fails)
+{
+	struct fault_rules bad = { .ops = FAULT_WRITE, .countdown = 1, .error = EIO, .torn = true };
+	struct test_stack stack;
+
+	test_stack_open(&stack, STACK, "");
+
+	struct mirror *mirror = mirror_of(&stack);
+
+	wait_phase(mirror, MIRROR_IN_SYNC);
+	fault_set(fault_find(mirror->primary), &bad);
+	memset(buf, 'w', sizeof(buf));
+	ck_assert_int_eq(blk_write(&mirror->blk, 1000, buf, 100000, 0), -EIO);
+	ck_assert_uint_gt(mirror->dirty_count, 0);
+	wait_phase(mirror, MIRROR_IN_SYNC);
+	check_legs_equal(mirror);
+	test_stack_close(&stack);
+}
+
+int main(void)
+{
+	Suite *suite = suite_create("mirror_fail");
+	TCase *tcase = tcase_create("mirror_fail");
+
+	tcase_set_timeout(tcase, 120);
+	tcase_add_test(tcase, test_secondary_fails_at_every_phase);
+	tcase_add_test(tcase, test_degraded_and_resynchronised);
+	tcase_add_test(tcase, test_unflushed_writes_are_copied_again);
+	tcase_add_test(tcase, test_hanging_secondary_does_not_hang_guests);
+	tcase_add_test(tcase, test_hanging_copy_lets_guests_write);
+	tcase_add_test(tcase, test_stop_waits_for_resume);
+	tcase_add_test(tcase, test_primary_read_answered_by_secondary);
+	tcase_add_test(tcase, test_unreadable_chunk);
+	tcase_add_test(tcase, test_primary_write_fails);
+	suite_add_tcase(suite, tcase);
+	return co_test_suite(suite);
+}
