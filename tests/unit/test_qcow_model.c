@@ -46,8 +46,8 @@ static void choose_range(struct model *model, uint64_t *off, uint64_t *len)
 {
 	uint64_t longest = seed_below(&model->seed, 8) ? 8192 : 300000;
 
-	*len = 1 + seed_below(&model->seed, longest);
-	*off = seed_below(&model->seed, model->size - *len);
+	*len = 1 + seed_below(&model->seed, MIN(longest, model->size));
+	*off = seed_below(&model->seed, model->size - *len + 1);
 	if (seed_below(&model->seed, 2)) {
 		*off = round_down(*off, 512);
 		*len = MIN(round_up(*len, 512), model->size - *off);
