@@ -16,7 +16,7 @@ UNITDIR  ?= $(LIBDIR_SYSTEM)/systemd/system
 CC       ?= gcc
 PKG_CONFIG ?= pkg-config
 
-LIB_PKGS    := jansson liburing zlib libzstd
+LIB_PKGS    := gnutls jansson liburing zlib libzstd
 DAEMON_PKGS := libconfig libsystemd
 IMG_PKGS    := nettle
 TEST_PKGS   := check libnbd

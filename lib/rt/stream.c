@@ -19,6 +19,7 @@
 #include <unistd.h>
 
 #include "base/util.h"
+#include "rt/tls.h"
 
 static void stream_event(struct watch *watch, uint32_t epoll_events)
 {
@@ -67,10 +68,31 @@ int stream_release(struct stream *stream)
 
 void stream_fini(struct stream *stream)
 {
+	if (stream->tls) {
+		tls_goodbye(stream->tls);
+		tls_free(stream->tls);
+		stream->tls = NULL;
+	}
 	int fd = stream_release(stream);
-
 	if (fd >= 0)
 		close(fd);
+}
+
+void stream_set_tls(struct stream *stream, struct tls *session)
+{
+	stream->tls = session;
+	if (session)
+		tls_attach(session, stream);
+}
+
+struct tls *stream_take_tls(struct stream *stream)
+{
+	struct tls *session = stream->tls;
+
+	stream->tls = NULL;
+	if (session)
+		tls_attach(session, NULL);
+	return session;
 }
 
 void stream_cancel(struct stream *stream)
@@ -82,19 +104,28 @@ void stream_cancel(struct stream *stream)
 
 /* --- receiving -------------------------------------------------------------------------------- */
 
-/* What there is; -EAGAIN when there is nothing. */
-static ssize_t receive_some(struct stream *stream, void *buf, size_t max_bytes)
+ssize_t stream_socket_recv(struct stream *stream, void *buf, size_t max_bytes)
 {
 	ssize_t count;
 
+	if (!stream->readable)
+		return -EAGAIN;
 	do {
 		count = recv(stream->fd, buf, max_bytes, 0);
 	} while (count < 0 && errno == EINTR);
 	if (count < 0)
 		count = -errno;
-	stream->filled = count == (ssize_t)max_bytes;
-	if (!stream->filled && !stream->hung_up)
+	if (count != (ssize_t)max_bytes && !stream->hung_up)
 		stream->readable = false;
+	return count;
+}
+
+static ssize_t receive_some(struct stream *stream, void *buf, size_t max_bytes)
+{
+	ssize_t count = stream->tls ? tls_recv_some(stream->tls, buf, max_bytes)
+				    : stream_socket_recv(stream, buf, max_bytes);
+
+	stream->filled = count == (ssize_t)max_bytes;
 	return count;
 }
 
@@ -108,12 +139,9 @@ suspends ssize_t stream_recv(
 	for (;;) {
 		if (stream->cancelled)
 			return -ECANCELED;
-		if (stream->readable) {
-			ssize_t count = receive_some(stream, buf, max_bytes);
-
-			if (count != -EAGAIN)
-				return count;
-		}
+		ssize_t count = receive_some(stream, buf, max_bytes);
+		if (count != -EAGAIN)
+			return count;
 		if (!stream->readable && !co_queue_wait_until(&stream->reader, deadline_ns))
 			return -ETIMEDOUT;
 	}
@@ -144,7 +172,7 @@ static size_t iov_total_bytes(const struct iovec *iov, int iov_count)
 	return total_bytes;
 }
 
-ssize_t stream_send_some(struct stream *stream, const struct iovec *iov, int iov_count)
+ssize_t stream_socket_send(struct stream *stream, const struct iovec *iov, int iov_count)
 {
 	struct msghdr message = {
 		.msg_iov = (struct iovec *)iov,
@@ -152,8 +180,6 @@ ssize_t stream_send_some(struct stream *stream, const struct iovec *iov, int iov
 	};
 	ssize_t count;
 
-	if (stream->cancelled)
-		return -ECANCELED;
 	if (!stream->writable)
 		return 0;
 	do {
@@ -165,6 +191,14 @@ ssize_t stream_send_some(struct stream *stream, const struct iovec *iov, int iov
 	if ((size_t)count < iov_total_bytes(iov, (int)message.msg_iovlen))
 		stream->writable = false;
 	return count;
+}
+
+ssize_t stream_send_some(struct stream *stream, const struct iovec *iov, int iov_count)
+{
+	if (stream->cancelled)
+		return -ECANCELED;
+	return stream->tls ? tls_send_some(stream->tls, iov, iov_count)
+			   : stream_socket_send(stream, iov, iov_count);
 }
 
 /* Skips what was sent, and empty elements. */
@@ -191,8 +225,11 @@ suspends int stream_send(
 		if (sent_bytes < 0)
 			return (int)sent_bytes;
 		iov_advance(&iov, &iov_count, (size_t)sent_bytes);
-		if (iov_count && !stream->writable &&
-			!co_queue_wait_until(&stream->writer, deadline_ns))
+		if (!iov_count)
+			break;
+		if (stream->writable)
+			co_yield (); /* TLS: encrypting takes time that others need too */
+		else if (!co_queue_wait_until(&stream->writer, deadline_ns))
 			return -ETIMEDOUT;
 	}
 	return stream->cancelled ? -ECANCELED : 0;
