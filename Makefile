@@ -108,7 +108,7 @@ $(UNITS) $(HELPERS): $O/%: $O/%.o $O/libblkstack.a
 $O/daemon/control.o: daemon/org.blkstack.varlink
 $O/tests/unit/test_varlink $O/tests/fuzz/varlink: $O/daemon/varlink.o
 
-$O/tests/helpers/kernel-device: $(patsubst %,$O/daemon/kernel-%.o,dev sysfs users)
+$O/tests/helpers/kernel-device: $(patsubst %,$O/daemon/kernel-%.o,dev sysfs udev users)
 
 $(BENCHES): $O/%: $O/%.o $(BENCH_OBJ)
 	$(call say,LD,$@)

@@ -36,6 +36,7 @@
 
 #include "base/cleanup.h"
 #include "base/util.h"
+#include "daemon/kernel-udev.h"
 #include "daemon/kernel-users.h"
 #include "rt/buf.h"
 
@@ -417,10 +418,8 @@ int kernel_dev_settle(struct kernel_dev *dev, struct err *err)
 		err_sys(&first, errno, "open");
 	else if (fd >= 0)
 		close(fd);
-	/* For rules that look at attributes which were not there at the first event. */
-	set_queue(dev, "uevent", "change", &first);
 	if (!first.code)
-		kernel_sysfs_settle(dev->name, &first);
+		kernel_udev_announce(dev->name, &first);
 	if (!first.code)
 		return 0;
 	*err = first;

@@ -4,9 +4,6 @@
  * Attributes used, below /sys/block/nbdN: pid (there only while connected), inflight ("READS WRITES"),
  * size (in 512-byte units), uevent, queue/... Partitions are subfolders named nbdNpM; a device number
  * leads to its folder through /sys/dev/block/MAJOR:MINOR.
- *
- * Whether udev is done is read from its own marks in /run/udev: `control` exists while it runs, `queue`
- * while events are being worked on.
  */
 #include "daemon/kernel-sysfs.h"
 
@@ -19,13 +16,9 @@
 #include <string.h>
 #include <sys/sysmacros.h>
 #include <sys/utsname.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "base/cleanup.h"
-
-#define SETTLE_TIMEOUT_MS 10000 /* udev on a loaded machine takes seconds; longer is a fault */
-#define SETTLE_STEP_MS    5
 
 /* Whether the running kernel's modules, loaded or not, include nbd. */
 static bool module_exists(void)
@@ -204,34 +197,4 @@ bool kernel_sysfs_owns(const char *name, dev_t rdev)
 	size_t name_len = strlen(name);
 
 	return !strncmp(part, name, name_len) && (!part[name_len] || part[name_len] == '/');
-}
-
-static int node_exists(const char *partition, void *arg)
-{
-	char *missing = arg;
-	char path[KERNEL_NAME_LEN + 8];
-
-	snprintf(path, sizeof(path), "/dev/%.*s", KERNEL_NAME_LEN - 1, partition);
-	if (!access(path, F_OK))
-		return 0;
-	snprintf(missing, sizeof(path), "%s", path);
-	return -ENOENT;
-}
-
-int kernel_sysfs_settle(const char *name, struct err *err)
-{
-	const struct timespec step = { .tv_nsec = SETTLE_STEP_MS * 1000000L };
-	char missing[KERNEL_NAME_LEN + 8] = "";
-
-	for (unsigned waited_ms = 0;; waited_ms += SETTLE_STEP_MS) {
-		bool nodes = !kernel_sysfs_partitions(name, node_exists, missing);
-		bool quiet = access("/run/udev/control", F_OK) || access("/run/udev/queue", F_OK);
-
-		if (nodes && quiet)
-			return 0;
-		if (waited_ms >= SETTLE_TIMEOUT_MS)
-			return err_set(err, ETIMEDOUT, "%s after %u s",
-				nodes ? "udev is still at work" : missing, waited_ms / 1000);
-		nanosleep(&step, NULL);
-	}
 }

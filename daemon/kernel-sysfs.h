@@ -38,9 +38,3 @@ int kernel_sysfs_partitions(
 
 /* True when the block device number is NAME or a partition of it. */
 bool kernel_sysfs_owns(const char *name, dev_t rdev);
-
-/*
- * Waits until the nodes of all partitions are in /dev and udev, where it runs, has nothing left to do.
- * -ETIMEDOUT names what is missing.
- */
-int kernel_sysfs_settle(const char *name, struct err *err);
