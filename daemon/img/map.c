@@ -221,21 +221,23 @@ static suspends int sparsify_chunk(struct blk *disk, uint64_t off, const uint8_t
 static suspends int sparsify(struct img *img, struct blk *disk, uint64_t *freed)
 {
 	CLEANUP(free) uint8_t *data = malloc(CHUNK);
-	uint64_t size = blk_caps(disk)->size, mapped;
+	uint64_t size = blk_caps(disk)->size;
 	size_t grain = MAX(blk_caps(disk)->preferred_size, GRAIN_MIN);
 	struct img_progress progress;
 	int ret = data ? 0 : -ENOMEM;
 
 	img_progress_init(&progress, img, "looking for zeroes");
-	for (uint64_t off = 0; off < size && !ret; off += CHUNK) {
-		if (!blk_seek_mapped(disk, off, &mapped))
-			off = MAX(off, round_down(mapped, CHUNK));
-		if (off >= size)
+	for (uint64_t off = 0, end = 0; off < size && !ret; off = end) {
+		ret = blk_seek_mapped(disk, off, &off);
+		if (!ret && off < size)
+			ret = blk_seek_unmapped(disk, off, &end);
+		if (ret || off >= size)
 			break;
-		size_t len = (size_t)MIN((uint64_t)CHUNK, size - off);
-		ret = blk_read(disk, off, data, len);
+		end = MIN(end, off + CHUNK);
+		ret = blk_read(disk, off, data, (size_t)(end - off));
 		if (!ret)
-			ret = sparsify_chunk(disk, off, data, len, MIN(grain, CHUNK), freed);
+			ret = sparsify_chunk(
+				disk, off, data, (size_t)(end - off), MIN(grain, CHUNK), freed);
 		img_progress(&progress, off, size);
 	}
 	if (!ret)
