@@ -26,7 +26,7 @@
 #define SECTORS    (DISK_SIZE / SECTOR)
 #define WORKERS    6
 #define OPERATIONS 60 /* per worker */
-#define CUTS       40 /* per kind of image */
+#define CUTS       25 /* per kind of image */
 
 /* --- the history of the disk ------------------------------------------------------------------ */
 

@@ -17,7 +17,7 @@
 #define DISK_SIZE  (UINT64_C(8) << 20)
 #define DISK_MAX   (UINT64_C(12) << 20)
 #define WORKERS    8
-#define OPERATIONS 150 /* per worker and round */
+#define OPERATIONS 100 /* per worker and round */
 
 struct model {
 	struct test_stack stack;
