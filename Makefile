@@ -16,10 +16,10 @@ UNITDIR  ?= $(LIBDIR_SYSTEM)/systemd/system
 CC       ?= gcc
 PKG_CONFIG ?= pkg-config
 
-LIB_PKGS    := gnutls jansson liburing zlib libzstd
+LIB_PKGS    := gnutls jansson liburing zlib libzstd libnbd
 DAEMON_PKGS := libconfig libsystemd
 IMG_PKGS    := nettle
-TEST_PKGS   := check libnbd
+TEST_PKGS   := check
 
 O := $(if $(filter release,$(BUILD)),build,build-$(BUILD))
 

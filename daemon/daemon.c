@@ -277,6 +277,11 @@ static int bind_sockets(struct daemon *daemon, struct err *err)
 	return ret ? ret : nbd_door_open(&daemon->nbd_door, daemon->config, err);
 }
 
+static void log_notice(const struct blk *blk, const char *text)
+{
+	log_warning("%s: %s: %s", blk->conf->where, blk->ops->name, text);
+}
+
 int daemon_run(const struct config *config, struct err *err)
 {
 	struct daemon daemon = { .config = config, .start_time = time(NULL), .signals.fd = -1 };
@@ -288,6 +293,7 @@ int daemon_run(const struct config *config, struct err *err)
 	timer_init(&daemon.stop_late, stop_is_late);
 	if (blk_env_init(&daemon.env))
 		return err_sys(err, ENOMEM, "cannot start");
+	daemon.env.notice = log_notice;
 	run.ret = block_signals(&daemon, err);
 	if (!run.ret)
 		run.ret = start_reactors(&daemon, err);

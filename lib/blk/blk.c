@@ -11,6 +11,8 @@
 #include "blk/blk.h"
 
 #include <assert.h>
+#include <stdarg.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/uio.h>
 #include <time.h>
@@ -266,6 +268,19 @@ void blk_size_changed(struct blk *blk, uint64_t size)
 void blk_set_listener(struct blk *top, struct blk_listener *listener)
 {
 	top->listener = listener;
+}
+
+void blk_notice(const struct blk *blk, const char *fmt, ...)
+{
+	char text[sizeof(((struct err *)NULL)->text)];
+	va_list ap;
+
+	if (!blk->env->notice)
+		return;
+	va_start(ap, fmt);
+	vsnprintf(text, sizeof(text), fmt, ap);
+	va_end(ap);
+	blk->env->notice(blk, text);
 }
 
 /* --- status ----------------------------------------------------------------------------------- */

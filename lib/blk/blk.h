@@ -164,6 +164,8 @@ struct blk_env {
 	struct memory_disks *memory_disks; /* the named disks of the memory layer (memory.c) */
 	bool start_failed; /* set before closing after a failed start: what open() created is removed */
 	bool read_only; /* open everything read-only (tools that only look) */
+	/* Hears what no caller is told, such as the loss of a server; see blk_notice(). NULL: nobody. */
+	void (*notice)(const struct blk *blk, const char *text);
 };
 
 int blk_env_init(struct blk_env *env);
@@ -281,6 +283,9 @@ struct blk {
 	struct list extra_children; /* stacks opened by blk_open_child() */
 	struct list extra_link;
 };
+
+/* Tells the administrator (the daemon's log) of something that no request's error tells. Any reactor. */
+void blk_notice(const struct blk *blk, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 
 /* A layer's own size is now `size`: tells the layers above and the doors. */
 void blk_size_changed(struct blk *blk, uint64_t size);

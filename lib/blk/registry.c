@@ -13,6 +13,7 @@ const struct blk_ops *const blk_layers[] = {
 	&qcow_ops,
 	&padded_ops,
 	&mirror_ops,
+	&nbd_ops,
 	&null_ops,
 	&fault_ops,
 	NULL,
