@@ -17,6 +17,7 @@
 #include "base/util.h"
 #include "blk/fault.h"
 #include "blk/qcow/compact.h"
+#include "blk/qcow/live.h"
 #include "co_test.h"
 #include "qcow_images.h"
 #include "seed.h"
@@ -177,6 +178,23 @@ static suspends void compactor(void *arg)
 
 	co_sleep_ns(seed_below(&crash->seed, 20) * NS_PER_MS);
 	ck_assert_int_eq(qcow_compact(crash->stack.top, &job, NULL), 0);
+}
+
+/* A snapshot comes and goes; it may fail where counts have no room for a second user. */
+static suspends void snapshotter(void *arg)
+{
+	struct crash *crash = arg;
+	struct err err;
+
+	for (int i = 0; i < 2; i++) {
+		co_sleep_ns(seed_below(&crash->seed, 10) * NS_PER_MS);
+		if (qcow_live_snapshot(crash->stack.top, QCOW_SNAPSHOT_CREATE, "live", &err))
+			return;
+		co_sleep_ns(seed_below(&crash->seed, 10) * NS_PER_MS);
+		ck_assert_msg(
+			!qcow_live_snapshot(crash->stack.top, QCOW_SNAPSHOT_DELETE, "live", &err),
+			"%s", err.text);
+	}
 }
 
 /* --- the disk after a power cut --------------------------------------------------------------- */
@@ -422,6 +440,7 @@ static suspends void run_kind(const struct image_kind *kind, struct seed *seed)
 	for (int i = 0; i < WORKERS; i++)
 		co_group_start(&crash->workers, worker, crash);
 	co_group_start(&crash->workers, compactor, crash);
+	co_group_start(&crash->workers, snapshotter, crash);
 	co_group_wait(&crash->workers);
 	test_stack_close(&crash->stack);
 	close(crash->log_fd);

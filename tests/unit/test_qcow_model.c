@@ -10,6 +10,7 @@
 
 #include "base/util.h"
 #include "blk/qcow/compact.h"
+#include "blk/qcow/live.h"
 #include "co_test.h"
 #include "qcow_images.h"
 #include "seed.h"
@@ -146,6 +147,32 @@ static suspends void compactor(void *arg)
 	ck_assert_uint_eq(job.done, job.total);
 }
 
+/* Takes a snapshot of the disk in use, and drops it again; the image is sound at any time. */
+static suspends void snapshotter(void *arg)
+{
+	struct model *model = arg;
+	struct qcow_check_result result;
+	struct err err;
+	int ret = 0;
+
+	for (int i = 0; !ret && i < 3; i++) {
+		for (int yields = 30; yields; yields--)
+			co_yield ();
+		ret = qcow_live_snapshot(model->stack.top, QCOW_SNAPSHOT_CREATE, "live", &err);
+		/* Counts of one bit have no room for a second user. */
+		ck_assert_msg(!ret || !strcmp(model->kind->name, "refcount-1"), "%s", err.text);
+		ck_assert_msg(
+			!qcow_live_check(model->stack.top, NULL, &result, &err), "%s", err.text);
+		ck_assert_uint_eq(result.corruptions + result.errors + result.leaks, 0);
+		for (int yields = 30; yields; yields--)
+			co_yield ();
+		if (!ret)
+			ck_assert_msg(!qcow_live_snapshot(
+					      model->stack.top, QCOW_SNAPSHOT_DELETE, "live", &err),
+				"%s", err.text);
+	}
+}
+
 /* Grows or shrinks; what comes back after a shrink is zeroes. */
 static suspends void resize(struct model *model)
 {
@@ -186,6 +213,7 @@ static void run_kind(const struct image_kind *kind, struct seed *seed)
 			co_group_start(&model.workers, worker, &model);
 		if (round)
 			co_group_start(&model.workers, compactor, &model);
+		co_group_start(&model.workers, snapshotter, &model);
 		co_group_wait(&model.workers);
 		if (round)
 			resize(&model);

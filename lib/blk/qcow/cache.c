@@ -269,3 +269,14 @@ void cache_forget(struct cache *cache, uint64_t host_off, uint64_t len)
 		cache_mark_clean(cache, slice);
 	}
 }
+
+void cache_forget_all(struct cache *cache)
+{
+	for (size_t i = 0; i < cache->count; i++) {
+		struct slice *slice = &cache->slices[i];
+
+		assert(!slice->users && !slice->dirty && !slice->loading);
+		if (slice->host_off)
+			unhash(cache, slice);
+	}
+}

@@ -6,6 +6,9 @@
  * its guest range, linked in memory, and the old one given back when that is durable. So it is as
  * crash-safe as a write, guests go on meanwhile, and stopping at any point leaves a sound image.
  *
+ * Steps are short and hold q->moving; between them guests, resizes, checks and snapshots get their turn, after
+ * which it looks again.
+ *
  * The mark is the number of clusters in use: what lies behind it is moved before it, as long as there is
  * room there. Moved are guest clusters, L2 tables, refcount blocks and the refcount table. What internal
  * snapshots share, what is compressed, and the L1 tables stay where they are.
@@ -17,6 +20,8 @@
 #include "blk/qcow/qcow.h"
 #include "rt/buf.h"
 
+#define NAP_NS (100 * NS_PER_MS)
+
 struct compaction {
 	struct qcow *q;
 	struct qcow_compact *job;
@@ -26,24 +31,42 @@ struct compaction {
 
 /* --- pace ------------------------------------------------------------------------------------- */
 
-/* After each step: lets guests go first, keeps to the rate, tells how far it came. */
-static suspends int step_done(struct compaction *c, uint64_t bytes, uint64_t guest_off)
+static bool is_over(const struct compaction *c)
+{
+	return c->job->cancelled || c->q->closing;
+}
+
+/* Sleeps in short naps, so that a cancel need not wait for the rate. */
+static suspends void keep_to_rate(struct compaction *c)
+{
+	uint64_t rate = c->job->rate_bytes_s;
+	uint64_t due_ns = c->started_ns +
+			  (uint64_t)((double)c->copied_bytes / (double)rate * (double)NS_PER_SEC);
+
+	while (!is_over(c) && due_ns > reactor_now_ns())
+		co_sleep_ns(MIN(due_ns - reactor_now_ns(), NAP_NS));
+}
+
+/* Between two steps: lets guests go first, and whoever wants the image to keep still. */
+static suspends int pause_between_steps(struct compaction *c, uint64_t bytes)
 {
 	c->copied_bytes += bytes;
-	c->job->done = guest_off;
+	co_mutex_unlock(&c->q->moving);
+	co_yield ();
+	if (c->job->rate_bytes_s && bytes)
+		keep_to_rate(c);
+	co_mutex_lock(&c->q->moving);
+	return is_over(c) ? -ECANCELED : c->q->corrupt ? -EIO : 0;
+}
+
+/* After each step: tells how far it came. */
+static suspends int step_done(struct compaction *c, uint64_t bytes, uint64_t guest_off)
+{
 	c->job->total = c->q->header.size;
+	c->job->done = MAX(c->job->done, MIN(guest_off, c->job->total));
 	if (c->job->progress)
 		c->job->progress(c->job);
-	co_yield ();
-	if (c->job->rate_bytes_s && bytes) {
-		uint64_t due_ns = c->started_ns +
-				  (uint64_t)((double)c->copied_bytes /
-					     (double)c->job->rate_bytes_s * (double)NS_PER_SEC);
-
-		if (due_ns > reactor_now_ns())
-			co_sleep_ns(due_ns - reactor_now_ns());
-	}
-	return c->job->cancelled || c->q->closing ? -ECANCELED : 0;
+	return pause_between_steps(c, bytes);
 }
 
 /* --- moving ----------------------------------------------------------------------------------- */
@@ -101,14 +124,30 @@ static suspends int move_held(struct compaction *c, uint64_t guest_off)
 	return 0;
 }
 
+/* Does the run lie behind the mark, in part at least, and is it ours to move? */
+static bool worth_moving(const struct compaction *c, const struct run *run)
+{
+	bool ours = (run->kind == RUN_DATA && run->in_place) || run->has_host;
+
+	return ours && !run->entry.compressed &&
+	       (run->host_off + run->len) >> c->q->cluster_bits > c->mark;
+}
+
+/* Things may have changed since the run was found: resized, a snapshot taken. */
 static suspends int move_cluster(struct compaction *c, uint64_t guest_off)
 {
 	struct qcow *q = c->q;
 	struct range range;
-	unsigned pin = qcow_pin(q);
+	struct run run;
 
+	if (guest_off >= q->header.size)
+		return 0;
+	int ret = qcow_map(q, guest_off, q->cluster_size, &run);
+	if (ret || !worth_moving(c, &run))
+		return ret;
+	unsigned pin = qcow_pin(q);
 	range_lock_acquire(&q->writes, &range, guest_off, q->cluster_size, true);
-	int ret = move_held(c, guest_off);
+	ret = move_held(c, guest_off);
 	range_lock_release(&q->writes, &range);
 	qcow_unpin(q, pin);
 	return ret ? ret : step_done(c, q->cluster_size, guest_off);
@@ -140,9 +179,7 @@ static suspends int move_guest_clusters(struct compaction *c)
 			return ret;
 		/* One entry decides about its whole cluster, of however many runs it consists. */
 		run.len = round_up(off + run.len, q->cluster_size) - off;
-		bool ours = (run.kind == RUN_DATA && run.in_place) || run.has_host;
-		if (ours && !run.entry.compressed &&
-			(run.host_off + run.len) >> q->cluster_bits > c->mark)
+		if (worth_moving(c, &run))
 			ret = move_run(c, off, &run);
 		else if (run.kind == RUN_DATA || run.kind == RUN_COMPRESSED)
 			ret = step_done(c, 0, off);
@@ -181,20 +218,21 @@ static suspends int move_l2_tables(struct compaction *c)
 
 /* --- the whole -------------------------------------------------------------------------------- */
 
-static suspends int count_used(struct qcow *q, uint64_t *used)
+static suspends int count_used(struct compaction *c)
 {
-	*used = 0;
-	for (uint64_t index = 0; index < q->end_index; index++) {
-		uint64_t refcount;
-		int ret = qcow_refcount_get(q, index, &refcount);
+	struct qcow *q = c->q;
+	int ret = 0;
 
-		if (ret)
-			return ret;
-		*used += refcount != 0;
-		if (!(index % 65536))
-			co_yield ();
+	c->mark = 0;
+	for (uint64_t index = 0; !ret && index < q->end_index; index++) {
+		uint64_t refcount;
+
+		ret = qcow_refcount_get(q, index, &refcount);
+		c->mark += refcount != 0;
+		if (!ret && !(index % 65536))
+			ret = pause_between_steps(c, 0);
 	}
-	return 0;
+	return ret;
 }
 
 static suspends int move_everything(struct compaction *c)
@@ -213,29 +251,19 @@ static suspends int move_everything(struct compaction *c)
 			      : ret; /* no room left further down: that is all that can be done */
 }
 
-suspends int qcow_compact(struct blk *blk, struct qcow_compact *job, struct err *err)
+/* Holds q->moving but between steps. */
+static suspends int compact_held(struct compaction *c)
 {
-	struct qcow *q = qcow_of(blk);
-	struct compaction c = { .q = q, .job = job, .started_ns = reactor_now_ns() };
-	int ret;
+	struct qcow *q = c->q;
+	int ret = qcow_begin_writing(q);
 
-	if (q->read_only || q->corrupt)
-		return err_set(err, EROFS, "the image is read-only");
-	if (q->data_file)
-		return err_set(
-			err, ENOTSUP, "an image with an external data file has nothing to move");
-	if (q->compacting)
-		return err_set(err, EBUSY, "a compaction is running already");
-	q->compacting = true;
-	job->size_before = q->end_index << q->cluster_bits;
-	ret = qcow_begin_writing(q);
 	if (!ret)
 		ret = qcow_settle(q);
 	if (!ret)
-		ret = count_used(q, &c.mark);
+		ret = count_used(c);
 	if (!ret) {
 		q->free_index = 0;
-		ret = move_everything(&c);
+		ret = move_everything(c);
 	}
 	if (!ret || ret == -ECANCELED) {
 		int cut = qcow_settle(q);
@@ -245,11 +273,36 @@ suspends int qcow_compact(struct blk *blk, struct qcow_compact *job, struct err 
 		ret = ret ? ret : cut;
 	}
 	if (!ret)
-		job->done = job->total = q->header.size;
-	q->compacting = false;
+		c->job->done = c->job->total = q->header.size;
+	return ret;
+}
+
+suspends int qcow_compact(struct blk *blk, struct qcow_compact *job, struct err *err)
+{
+	struct qcow *q = qcow_of(blk);
+	struct compaction c = { .q = q, .job = job, .started_ns = reactor_now_ns() };
+
+	if (q->read_only || q->corrupt)
+		return err_set(err, EROFS, "the image is read-only");
+	if (q->data_file)
+		return err_set(
+			err, ENOTSUP, "an image with an external data file has nothing to move");
+	if (q->compacting)
+		return err_set(err, EBUSY, "a compaction is running already");
+	q->compacting = job;
+	job->size_before = q->end_index << q->cluster_bits;
+	co_mutex_lock(&q->moving);
+	int ret = compact_held(&c);
+	co_mutex_unlock(&q->moving);
+	q->compacting = NULL;
 	job->size_after = q->end_index << q->cluster_bits;
 	if (ret == -ECANCELED)
 		return err_set(
 			err, ECANCELED, "the compaction was cancelled; what it moved stays moved");
 	return ret ? err_sys(err, -ret, "the compaction stopped") : 0;
+}
+
+struct qcow_compact *qcow_compaction(struct blk *blk)
+{
+	return qcow_of(blk)->compacting;
 }

@@ -21,3 +21,5 @@ extern const struct blk_ops qcow_ops;
 
 /* blk is a qcow layer (blk->ops == &qcow_ops). One at a time: -EBUSY. -ECANCELED when cancelled. */
 suspends int qcow_compact(struct blk *blk, struct qcow_compact *job, struct err *err);
+/* The one that runs, NULL when none does; valid until the caller suspends. */
+struct qcow_compact *qcow_compaction(struct blk *blk);

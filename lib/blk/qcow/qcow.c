@@ -19,6 +19,7 @@
 #include "base/log.h"
 #include "blk/layers.h"
 #include "blk/qcow/check.h"
+#include "blk/qcow/compact.h"
 
 #define MAX_PREFERRED_SIZE 65536
 
@@ -56,10 +57,6 @@ static void set_geometry(struct qcow *q)
 	q->subcluster_bits = q->cluster_bits - (extended ? 5 : 0);
 	q->refcount_bits = 1U << header->refcount_order;
 	q->refblock_bits = q->cluster_bits + 3 - header->refcount_order;
-	q->refcount_table_count = (uint32_t)(header->refcount_table_clusters *
-					     (q->cluster_size / 8));
-	q->l1_capacity =
-		(uint32_t)(round_up(header->l1_entry_count * UINT64_C(8), q->cluster_size) / 8);
 }
 
 /* Reads a table of 64-bit entries; the array has room for `capacity`, zeroes behind the last one. */
@@ -80,28 +77,6 @@ static suspends int load_table(struct qcow *q, const char *name, uint64_t off, u
 	}
 	for (uint64_t i = 0; i < count; i++)
 		(*table)[i] = be64_get(((be64 *)*table)[i]);
-	return 0;
-}
-
-static suspends int load_tables(struct qcow *q, struct err *err)
-{
-	int ret = load_table(q, "L1 table", q->header.l1_off, q->header.l1_entry_count,
-		q->l1_capacity, &q->l1, &q->l1_dirty, err);
-
-	if (!ret)
-		ret = load_table(q, "refcount table", q->header.refcount_table_off,
-			q->refcount_table_count, q->refcount_table_count, &q->refcount_table,
-			&q->refcount_table_dirty, err);
-	if (ret)
-		return ret;
-	for (uint32_t i = 0; i < q->header.l1_entry_count; i++)
-		if (q->l1[i] & QCOW_ENTRY_OFF_MASK)
-			cluster_set_add(
-				&q->metadata, (q->l1[i] & QCOW_ENTRY_OFF_MASK) >> q->cluster_bits);
-	for (uint32_t i = 0; i < q->refcount_table_count; i++)
-		if (q->refcount_table[i])
-			cluster_set_add(&q->metadata,
-				(q->refcount_table[i] & QCOW_REFTABLE_OFF_MASK) >> q->cluster_bits);
 	return 0;
 }
 
@@ -130,6 +105,58 @@ static suspends int find_end(struct qcow *q, struct err *err)
 		}
 	}
 	return 0;
+}
+
+static void find_metadata(struct qcow *q)
+{
+	free(q->metadata.keys);
+	memset(&q->metadata, 0, sizeof(q->metadata));
+	for (uint32_t i = 0; i < q->header.l1_entry_count; i++)
+		if (q->l1[i] & QCOW_ENTRY_OFF_MASK)
+			cluster_set_add(
+				&q->metadata, (q->l1[i] & QCOW_ENTRY_OFF_MASK) >> q->cluster_bits);
+	for (uint32_t i = 0; i < q->refcount_table_count; i++)
+		if (q->refcount_table[i])
+			cluster_set_add(&q->metadata,
+				(q->refcount_table[i] & QCOW_REFTABLE_OFF_MASK) >> q->cluster_bits);
+}
+
+static void exchange(uint64_t **a, uint64_t **b)
+{
+	uint64_t *old = *a;
+
+	*a = *b;
+	*b = old;
+}
+
+suspends int qcow_load_tables(struct qcow *q, struct err *err)
+{
+	uint64_t l1_len = q->header.l1_entry_count * UINT64_C(8);
+	uint64_t l1_capacity = round_up(l1_len, q->cluster_size) / 8;
+	uint64_t table_count = q->header.refcount_table_clusters * (q->cluster_size / 8);
+	uint64_t *l1 = NULL, *l1_dirty = NULL, *table = NULL, *table_dirty = NULL;
+	int ret = load_table(q, "L1 table", q->header.l1_off, q->header.l1_entry_count, l1_capacity,
+		&l1, &l1_dirty, err);
+
+	if (!ret)
+		ret = load_table(q, "refcount table", q->header.refcount_table_off, table_count,
+			table_count, &table, &table_dirty, err);
+	if (!ret) {
+		exchange(&q->l1, &l1);
+		exchange(&q->l1_dirty, &l1_dirty);
+		exchange(&q->refcount_table, &table);
+		exchange(&q->refcount_table_dirty, &table_dirty);
+		q->l1_capacity = (uint32_t)l1_capacity;
+		q->refcount_table_count = (uint32_t)table_count;
+		find_metadata(q);
+		if (!q->read_only)
+			ret = find_end(q, err);
+	}
+	free(l1);
+	free(l1_dirty);
+	free(table);
+	free(table_dirty);
+	return ret;
 }
 
 /* The image was not closed properly: its refcounts are made anew from what points to the clusters. */
@@ -186,9 +213,7 @@ static suspends int open_image(struct qcow *q, struct err *err)
 	if (!ret)
 		ret = qcow_open_backing(q, err);
 	if (!ret)
-		ret = load_tables(q, err);
-	if (!ret && !q->read_only)
-		ret = find_end(q, err);
+		ret = qcow_load_tables(q, err);
 	if (ret)
 		return ret;
 	if (!q->header.size)
@@ -214,6 +239,7 @@ static suspends int qcow_open(struct blk *blk, struct err *err)
 	q->below_grows = blk_caps(blk->below)->grows && !q->read_only;
 	co_mutex_init(&q->alloc_mutex);
 	co_mutex_init(&q->l2_mutex);
+	co_mutex_init(&q->moving);
 	range_lock_init(&q->writes);
 	qcow_commit_init(q);
 	return open_image(q, err);
@@ -346,6 +372,11 @@ static void qcow_status(struct blk *blk, json_t *object)
 	if (q->corrupt || q->header.incompatible & QCOW_INCOMPAT_CORRUPT)
 		json_object_set_new(own, "corrupt",
 			json_string(q->corrupt ? q->corrupt_text : "marked so when it was opened"));
+	if (q->compacting)
+		json_object_set_new(own, "compaction",
+			json_pack("{s:I, s:I, s:I}", "done", (json_int_t)q->compacting->done,
+				"total", (json_int_t)q->compacting->total, "moved",
+				(json_int_t)q->compacting->moved));
 	json_object_update_new(object, own);
 }
 

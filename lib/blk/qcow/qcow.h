@@ -13,6 +13,8 @@
  *	resize.c	other sizes
  *	backing.c	the files an image refers to
  *	snapshot.c check.c compact.c	what their names say
+ *	live.c		checks and snapshots while the disk is in use
+ *	live.c		checks and snapshots of an image in use
  *
  * How an image stays sound (the format's rules are kept at every instant, for any subset of unflushed
  * writes reaching the disk):
@@ -158,7 +160,14 @@ struct qcow {
 	struct co_queue unpinned, settled;
 	struct timer commit_timer;
 	struct task commit_task;
-	bool commit_scheduled, closing, compacting;
+	bool commit_scheduled, closing;
+
+	/*
+	 * Held by who rearranges the image: a resize, check or snapshot as long as it takes (with the layer
+	 * drained), a compaction for each of its steps. Taken before all other locks.
+	 */
+	struct co_mutex moving;
+	struct qcow_compact *compacting; /* NULL: none runs */
 
 	struct inflated *inflated; /* compressed.c: the cluster last decompressed */
 
@@ -181,6 +190,11 @@ static inline unsigned qcow_pin(struct qcow *q)
 	return epoch;
 }
 void qcow_unpin(struct qcow *q, unsigned epoch); /* commit.c */
+
+/* --- qcow.c ----------------------------------------------------------------------------------- */
+
+/* Reads L1 and refcount table as the header has them, and finds the end of the image. The old ones are kept on an error. */
+suspends int qcow_load_tables(struct qcow *q, struct err *err);
 
 /* --- header.c --------------------------------------------------------------------------------- */
 
@@ -211,6 +225,7 @@ void cache_mark_dirty(struct cache *cache, struct slice *slice);
 void cache_mark_clean(struct cache *cache, struct slice *slice);
 /* Forgets (drops, dirty or not) every slice in the host range: its cluster is free. */
 void cache_forget(struct cache *cache, uint64_t host_off, uint64_t len);
+void cache_forget_all(struct cache *cache); /* none of them in use or dirty */
 
 /* --- map.c ------------------------------------------------------------------------------------ */
 

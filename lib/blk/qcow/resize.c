@@ -1,5 +1,5 @@
 /*
- * Resize of a qcow2 disk. Called drained: no request is under way.
+ * Resize of a qcow2 disk. Called drained: no request is under way; a compaction waits.
  *
  * Growing: an L1 table with room gets more entries; one without moves to new clusters. Size and L1
  * table change with one store of the header, after the new table is durable. Where a backing is longer
@@ -187,12 +187,14 @@ suspends int qcow_resize(struct blk *blk, uint64_t size, unsigned flags, struct 
 			(unsigned long long)size);
 	if (size % 512)
 		return err_set(err, EINVAL, "the size of a qcow2 disk is a multiple of 512");
-	ret = qcow_begin_writing(q);
-	if (!ret && size > q->header.size && q->backing &&
-		blk_caps(q->backing)->size > q->header.size && q->header.version == 2)
+	if (size > q->header.size && q->backing && blk_caps(q->backing)->size > q->header.size &&
+		q->header.version == 2)
 		return err_set(err, ENOTSUP,
 			"the backing is longer than the disk, and version 2 cannot hide it");
+	co_mutex_lock(&q->moving);
+	ret = qcow_begin_writing(q);
 	if (!ret)
 		ret = size > q->header.size ? grow(q, size) : shrink(q, size);
+	co_mutex_unlock(&q->moving);
 	return ret ? err_sys(err, -ret, "cannot change the size of the disk") : 0;
 }
