@@ -15,5 +15,6 @@ const struct img_command *const img_commands[] = {
 	&img_compare,
 	&img_digest,
 	&img_sparsify,
+	&img_compact,
 	NULL,
 };
