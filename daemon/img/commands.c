@@ -16,5 +16,7 @@ const struct img_command *const img_commands[] = {
 	&img_digest,
 	&img_sparsify,
 	&img_compact,
+	&img_dehydrate,
+	&img_rehydrate,
 	NULL,
 };

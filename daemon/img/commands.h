@@ -11,6 +11,7 @@ extern const struct img_command img_check, img_repair; /* check.c */
 extern const struct img_command img_snapshot;
 extern const struct img_command img_convert;
 extern const struct img_command img_compact;
+extern const struct img_command img_dehydrate, img_rehydrate;      /* dehydrate.c */
 extern const struct img_command img_compare, img_digest;           /* compare.c */
 extern const struct img_command img_map, img_resize, img_sparsify; /* map.c */
 
