@@ -205,16 +205,12 @@ static int copy_included(struct reader *reader, const char *name, struct err *er
 	return copy_file(reader->text, reader->out, file, asker, reader->depth + 1, err);
 }
 
-/* asker: what an error says when the file cannot be read. */
-static int copy_file(struct config_text *text, FILE *out, const char *file, const char *asker,
+static int copy_content(struct config_text *text, FILE *out, const char *file, const char *content,
 	int depth, struct err *err)
 {
 	struct reader reader = { .text = text, .out = out, .file = file, .depth = depth };
-	CLEANUP(free) char *content = NULL;
-	int ret = slurp(file, &content, err);
+	int ret = 0;
 
-	if (ret)
-		return err_wrap(err, "%s", asker);
 	for (const char *p = content; !ret && *p;) {
 		reader.number++;
 		CLEANUP(free) char *included = reader.in_comment ? NULL : included_name(p);
@@ -246,7 +242,20 @@ static int copy_file(struct config_text *text, FILE *out, const char *file, cons
 	return ret;
 }
 
-int config_text_read(struct config_text *text, const char *path, struct err *err)
+/* asker: what an error says when the file cannot be read. */
+static int copy_file(struct config_text *text, FILE *out, const char *file, const char *asker,
+	int depth, struct err *err)
+{
+	CLEANUP(free) char *content = NULL;
+	int ret = slurp(file, &content, err);
+
+	return ret ? err_wrap(err, "%s", asker)
+		   : copy_content(text, out, file, content, depth, err);
+}
+
+/* content: NULL for that of the file. */
+static int read_text(
+	struct config_text *text, const char *path, const char *content, struct err *err)
 {
 	size_t size_bytes;
 
@@ -256,11 +265,23 @@ int config_text_read(struct config_text *text, const char *path, struct err *err
 	if (!out || !file)
 		abort();
 	add_file(text, file);
-	int ret = copy_file(text, out, file, path, 0, err);
+	int ret = content ? copy_content(text, out, file, content, 0, err)
+			  : copy_file(text, out, file, path, 0, err);
 	fclose(out);
 	if (!text->text)
 		abort();
 	return ret;
+}
+
+int config_text_read(struct config_text *text, const char *path, struct err *err)
+{
+	return read_text(text, path, NULL, err);
+}
+
+int config_text_take(
+	struct config_text *text, const char *name, const char *content, struct err *err)
+{
+	return read_text(text, name, content, err);
 }
 
 void config_text_fini(struct config_text *text)

@@ -23,6 +23,9 @@ struct config_text {
 
 /* Names in `@include "NAME"` are relative to the file they stand in. The error names its place. */
 int config_text_read(struct config_text *text, const char *path, struct err *err);
+/* The same from content at hand; name is what places are called by. */
+int config_text_take(
+	struct config_text *text, const char *name, const char *content, struct err *err);
 void config_text_fini(struct config_text *text);
 
 /* Where line number `line` (from 1) of the text came from; never NULL. */

@@ -594,6 +594,19 @@ static int load(struct config *config, struct err *err)
 	return ret;
 }
 
+int config_parse_snippet(
+	const char *name, const char *content, struct conf **group, struct err *err)
+{
+	struct config_text text;
+	int ret = config_text_take(&text, name, content, err);
+
+	*group = NULL;
+	if (!ret)
+		ret = parse(&text, group, err);
+	config_text_fini(&text);
+	return ret;
+}
+
 int config_load(const char *path, struct config **loaded, struct err *err)
 {
 	struct config *config = calloc(1, sizeof(*config));

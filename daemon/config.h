@@ -62,6 +62,13 @@ extern const struct opt *const config_export_options;
 int config_load(const char *path, struct config **config, struct err *err);
 void config_free(struct config *config); /* NULL is fine */
 
+/*
+ * Content of a config file that came another way (from the control socket): its settings, unchecked, as a group
+ * that the caller frees. name: what stands for the file in the places of errors.
+ */
+int config_parse_snippet(
+	const char *name, const char *content, struct conf **group, struct err *err);
+
 bool config_engine_known(const char *name);
 void config_set_control(struct config *config, const char *address);
 void config_add_listen(struct config *config, const char *address);

@@ -39,17 +39,6 @@ suspends void control_info(struct varlink_call *call)
 
 /* --- exports in short ------------------------------------------------------------------------- */
 
-static json_t *layer_names(const struct conf *stack)
-{
-	json_t *names = json_array();
-
-	for (size_t i = 0; i < stack->item_count; i++) {
-		const struct conf *layer = conf_get(stack->items[i], "layer");
-		json_array_append_new(names, json_string(layer ? layer->string : ""));
-	}
-	return names;
-}
-
 static json_t *export_summary(const struct export *export)
 {
 	const char *device = export->kernel ? kernel_device(export->kernel) : NULL;
@@ -58,7 +47,7 @@ static json_t *export_summary(const struct export *export)
 		"description", export->config->description, "size",
 		(json_int_t)atomic_load(&export->size), "block_size",
 		(json_int_t) export->block_size, "read_only", export->read_only, "layers",
-		layer_names(export->config->stack), "device", device, "clients",
+		json_incref(export->layers), "device", device, "clients",
 		(int)export->nbd.clients.running);
 }
 

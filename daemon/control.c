@@ -48,8 +48,7 @@ suspends static void answer_failed(struct varlink_call *call, const struct err *
 			err->code, "error", name ? name : "", "text", err->text));
 }
 
-/* The end of most methods: ret is what the function that did the work returned. Takes over result. */
-suspends static void answer(
+suspends void control_answer(
 	struct varlink_call *call, int ret, const struct err *err, json_t *result)
 {
 	if (!ret) {
@@ -82,8 +81,7 @@ void control_put_export(struct export *export)
 	co_group_leave(&export->users);
 }
 
-/* Who changed what belongs into the log, worked or not. */
-static void log_change(const struct varlink_call *call, const char *what,
+void control_log_change(const struct varlink_call *call, const char *what,
 	const struct export *export, int ret, const struct err *err)
 {
 	const struct ucred *peer = varlink_call_peer(call);
@@ -108,8 +106,9 @@ suspends static void resize(struct varlink_call *call)
 		return;
 	int ret = export_resize(export, size, varlink_bool(call, "force", false), &err);
 	snprintf(what, sizeof(what), "resize to %llu bytes", (unsigned long long)size);
-	log_change(call, what, export, ret, &err);
-	answer(call, ret, &err, json_pack("{s:I}", "size", (json_int_t)atomic_load(&export->size)));
+	control_log_change(call, what, export, ret, &err);
+	control_answer(call, ret, &err,
+		json_pack("{s:I}", "size", (json_int_t)atomic_load(&export->size)));
 	control_put_export(export);
 }
 
@@ -120,7 +119,7 @@ suspends static void flush(struct varlink_call *call)
 
 	if (!export)
 		return;
-	answer(call, export_flush(export, &err), &err, NULL);
+	control_answer(call, export_flush(export, &err), &err, NULL);
 	control_put_export(export);
 }
 
@@ -136,8 +135,8 @@ suspends static void discard(struct varlink_call *call)
 	/* A length of 0 is nothing to do; to export_discard() it means everything from off on. */
 	int ret = len ? export_discard(export, off, len < 0 ? 0 : (uint64_t)len, &err) : 0;
 	if (len)
-		log_change(call, "discard", export, ret, &err);
-	answer(call, ret, &err, NULL);
+		control_log_change(call, "discard", export, ret, &err);
+	control_answer(call, ret, &err, NULL);
 	control_put_export(export);
 }
 
@@ -154,8 +153,8 @@ suspends static void attach(struct varlink_call *call)
 		err_wrap(&err, "export \"%s\"", export->config->name);
 	else if (export->kernel)
 		device = kernel_device(export->kernel);
-	log_change(call, "attach", export, ret, &err);
-	answer(call, ret, &err, json_pack("{s:s}", "device", device));
+	control_log_change(call, "attach", export, ret, &err);
+	control_answer(call, ret, &err, json_pack("{s:s}", "device", device));
 	control_put_export(export);
 }
 
@@ -170,8 +169,8 @@ suspends static void detach(struct varlink_call *call)
 	int ret = export_detach(export, force, &err);
 	if (ret)
 		err_wrap(&err, "export \"%s\"", export->config->name);
-	log_change(call, force ? "forced detach" : "detach", export, ret, &err);
-	answer(call, ret, &err, NULL);
+	control_log_change(call, force ? "forced detach" : "detach", export, ret, &err);
+	control_answer(call, ret, &err, NULL);
 	control_put_export(export);
 }
 
@@ -235,6 +234,77 @@ static const struct varlink_method methods[] = {
 				{},
 			},
 		.fn = detach },
+	{ "MirrorStart", .needs_authority = true,
+		.params =
+			(const struct varlink_param[]){
+				{ "export", VARLINK_STRING },
+				{ "to", VARLINK_STRING },
+				{ "overwrite", VARLINK_BOOL, .optional = true },
+				{ "rate", VARLINK_SIZE, .optional = true },
+				{ "intent_log", VARLINK_STRING, .optional = true },
+				{ "paused", VARLINK_BOOL, .optional = true },
+				{},
+			},
+		.fn = control_mirror_start },
+	{ "MirrorStatus",
+		.params =
+			(const struct varlink_param[]){
+				{ "export", VARLINK_STRING },
+				{},
+			},
+		.fn = control_mirror_status },
+	{ "MirrorWait",
+		.params =
+			(const struct varlink_param[]){
+				{ "export", VARLINK_STRING },
+				{},
+			},
+		.fn = control_mirror_wait },
+	{ "MirrorPause", .needs_authority = true,
+		.params =
+			(const struct varlink_param[]){
+				{ "export", VARLINK_STRING },
+				{},
+			},
+		.fn = control_mirror_pause },
+	{ "MirrorResume", .needs_authority = true,
+		.params =
+			(const struct varlink_param[]){
+				{ "export", VARLINK_STRING },
+				{},
+			},
+		.fn = control_mirror_resume },
+	{ "MirrorRate", .needs_authority = true,
+		.params =
+			(const struct varlink_param[]){
+				{ "export", VARLINK_STRING },
+				{ "rate", VARLINK_SIZE },
+				{},
+			},
+		.fn = control_mirror_rate },
+	{ "MirrorCancel", .needs_authority = true,
+		.params =
+			(const struct varlink_param[]){
+				{ "export", VARLINK_STRING },
+				{},
+			},
+		.fn = control_mirror_cancel },
+	{ "MirrorPromote", .needs_authority = true,
+		.params =
+			(const struct varlink_param[]){
+				{ "export", VARLINK_STRING },
+				{ "force", VARLINK_BOOL, .optional = true },
+				{ "keep", VARLINK_BOOL, .optional = true },
+				{},
+			},
+		.fn = control_mirror_promote },
+	{ "MirrorVerify", .needs_authority = true,
+		.params =
+			(const struct varlink_param[]){
+				{ "export", VARLINK_STRING },
+				{},
+			},
+		.fn = control_mirror_verify },
 	{ "Shutdown", .needs_authority = true, .fn = shut_down },
 	{},
 };

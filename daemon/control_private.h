@@ -1,5 +1,5 @@
 /*
- * What control.c and control-status.c share.
+ * What control.c, control-status.c and control-mirror.c share.
  */
 #pragma once
 
@@ -24,7 +24,30 @@ struct daemon *control_daemon(const struct varlink_call *call);
 suspends struct export *control_get_export(struct varlink_call *call);
 void control_put_export(struct export *export);
 
+/*
+ * The end of most methods: ret is what the function that did the work returned, with err filled. Takes over
+ * result.
+ */
+struct err;
+suspends void control_answer(
+	struct varlink_call *call, int ret, const struct err *err, json_t *result);
+
+/* Who changed what belongs into the log, worked or not. */
+void control_log_change(const struct varlink_call *call, const char *what,
+	const struct export *export, int ret, const struct err *err);
+
 /* Methods that only look; in control-status.c. */
 suspends void control_info(struct varlink_call *call);
 suspends void control_list(struct varlink_call *call);
 suspends void control_status(struct varlink_call *call);
+
+/* Methods about mirrors; in control-mirror.c. */
+suspends void control_mirror_start(struct varlink_call *call);
+suspends void control_mirror_status(struct varlink_call *call);
+suspends void control_mirror_wait(struct varlink_call *call);
+suspends void control_mirror_pause(struct varlink_call *call);
+suspends void control_mirror_resume(struct varlink_call *call);
+suspends void control_mirror_rate(struct varlink_call *call);
+suspends void control_mirror_cancel(struct varlink_call *call);
+suspends void control_mirror_promote(struct varlink_call *call);
+suspends void control_mirror_verify(struct varlink_call *call);

@@ -66,8 +66,7 @@ static void end(struct export *export)
 	co_group_leave(&export->users);
 }
 
-/* begin() for calls that change something: one at a time. */
-static suspends int begin_change(struct export *export, struct err *err)
+suspends int export_begin_change(struct export *export, struct err *err)
 {
 	int ret = begin(export, err);
 
@@ -81,7 +80,7 @@ static suspends int begin_change(struct export *export, struct err *err)
 	return refuse(export, err);
 }
 
-static void end_change(struct export *export)
+void export_end_change(struct export *export)
 {
 	co_mutex_unlock(&export->change);
 	end(export);
@@ -112,11 +111,11 @@ static suspends void resized_by_itself(void *arg)
 	struct export *export = arg;
 	struct err err;
 
-	if (begin_change(export, &err))
+	if (export_begin_change(export, &err))
 		return;
 	if (tell_kernel(export, export->size, &err))
 		log_error("export \"%s\": %s", export->config->name, err.text);
-	end_change(export);
+	export_end_change(export);
 }
 
 static void resized_task(struct task *task)
@@ -187,12 +186,12 @@ static suspends int resize(struct export *export, uint64_t size, bool force, str
 
 suspends int export_resize(struct export *export, uint64_t size, bool force, struct err *err)
 {
-	int ret = begin_change(export, err);
+	int ret = export_begin_change(export, err);
 
 	if (ret)
 		return ret;
 	ret = resize(export, size, force, err);
-	end_change(export);
+	export_end_change(export);
 	return ret;
 }
 
@@ -327,12 +326,12 @@ static suspends int attach(struct export *export, const char *device, struct err
 
 suspends int export_attach(struct export *export, const char *device, struct err *err)
 {
-	int ret = begin_change(export, err);
+	int ret = export_begin_change(export, err);
 
 	if (ret)
 		return ret;
 	ret = attach(export, device, err);
-	end_change(export);
+	export_end_change(export);
 	return ret;
 }
 
@@ -350,12 +349,12 @@ static suspends int detach(struct export *export, bool force, struct err *err)
 
 suspends int export_detach(struct export *export, bool force, struct err *err)
 {
-	int ret = begin_change(export, err);
+	int ret = export_begin_change(export, err);
 
 	if (ret)
 		return ret;
 	ret = detach(export, force, err);
-	end_change(export);
+	export_end_change(export);
 	return ret;
 }
 
@@ -390,6 +389,28 @@ static suspends void open_call(void *arg)
 	export->read_only = config->read_only || caps->read_only;
 	export->listener.size_changed = size_changed;
 	blk_set_listener(export->top, &export->listener);
+	export->layers = export_layers(export);
+}
+
+json_t *export_layers(const struct export *export)
+{
+	json_t *names = json_array();
+
+	for (const struct blk *blk = export->top; blk; blk = blk->below)
+		json_array_append_new(names, json_string(blk->ops->name));
+	return names;
+}
+
+void export_set_top(struct export *export, struct blk *top)
+{
+	export->top = export->nbd.blk = top;
+}
+
+static void export_free(struct export *export)
+{
+	json_decref(export->layers);
+	conf_free(export->snippets);
+	free(export);
 }
 
 static suspends void close_call(void *arg)
@@ -430,13 +451,14 @@ suspends int export_start(struct daemon *daemon, const struct config_export *con
 	export->daemon = daemon;
 	export->config = config;
 	export->home = least_used_reactor(daemon);
+	export->snippets = conf_new(CONF_LIST, NULL, NULL);
 	co_mutex_init(&export->change);
 	co_group_init(&export->users);
 	task_init(&export->resized, resized_task);
 
 	co_call_on(export->home, open_call, &call);
 	if (call.ret) {
-		free(export);
+		export_free(export);
 		return call.ret;
 	}
 	nbd_export_init(&export->nbd, config->name, config->description, export->top, export->home,
@@ -474,5 +496,5 @@ suspends void export_stop(struct export *export, uint64_t grace_ns)
 	co_group_wait(&export->users); /* somebody may have asked what is stuck */
 	list_remove(&export->link);
 	log_debug("export \"%s\": closed", export->config->name);
-	free(export);
+	export_free(export);
 }

@@ -39,6 +39,8 @@ struct export
 
 	struct reactor *home;
 	struct blk *top;       /* home only */
+	json_t *layers;        /* names, top first */
+	struct conf *snippets; /* CONF_LIST: what layers that came later were configured by */
 	_Atomic uint64_t size; /* bytes */
 	uint32_t block_size;   /* the stack's smallest unit: 1 = any byte */
 	bool read_only;
@@ -70,6 +72,18 @@ suspends int export_start(struct daemon *daemon, const struct config_export *con
  * connection is cut; how long their layers then take to give up is not bounded.
  */
 suspends void export_stop(struct export *export, uint64_t grace_ns);
+
+/*
+ * For calls that change an export: one at a time, and none once it is being stopped (-ESHUTDOWN). The export
+ * is not freed in between.
+ */
+suspends int export_begin_change(struct export *export, struct err *err);
+void export_end_change(struct export *export);
+
+/* Home. Whose graph changed: requests go to top from now on. */
+void export_set_top(struct export *export, struct blk *top);
+/* Home. The names of the layers, a new reference. */
+json_t *export_layers(const struct export *export);
 
 /* Logs what keeps an export that is being stopped: the clients with requests in flight, or its flush. */
 void export_report_stuck(struct export *export);

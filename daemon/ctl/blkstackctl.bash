@@ -3,7 +3,7 @@
 
 _blkstackctl() {
 	local word=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD - 1]}
-	local commands="list status resize flush discard attach detach shutdown call version"
+	local commands="list status resize flush discard attach detach mirror shutdown call version"
 	local socket=() operands=() i
 
 	# What stands on the line already: the command, its operands, and another socket.
@@ -29,6 +29,12 @@ _blkstackctl() {
 		candidates="--socket --json --help"
 		case ${operands[0]:-} in
 		resize | discard | detach) candidates+=" --force" ;;
+		mirror)
+			case ${operands[1]:-} in
+			start) candidates+=" --to --overwrite --rate --intent-log --paused" ;;
+			promote) candidates+=" --force --keep" ;;
+			esac
+			;;
 		call) candidates+=" --more" ;;
 		"") candidates+=" --version" ;;
 		esac
@@ -39,8 +45,15 @@ _blkstackctl() {
 		status | resize | flush | discard | attach | detach)
 			candidates=$(blkstackctl "${socket[@]}" list 2>/dev/null | awk 'NR > 1 { print $1 }')
 			;;
-		call) candidates="Info List Status Resize Flush Discard Attach Detach Shutdown" ;;
+		mirror) candidates="start status wait pause resume rate promote cancel verify" ;;
+		call)
+			candidates="Info List Status Resize Flush Discard Attach Detach Shutdown"
+			candidates+=" MirrorStart MirrorStatus MirrorWait MirrorPause MirrorResume MirrorRate"
+			candidates+=" MirrorCancel MirrorPromote MirrorVerify"
+			;;
 		esac
+	elif ((${#operands[@]} == 2)) && [[ ${operands[0]} == mirror ]]; then
+		candidates=$(blkstackctl "${socket[@]}" list 2>/dev/null | awk 'NR > 1 { print $1 }')
 	elif ((${#operands[@]} == 2)) && [[ ${operands[0]} == attach ]]; then
 		candidates="auto $(compgen -G '/dev/nbd*')"
 	fi

@@ -27,7 +27,7 @@ static enum ctl_exit call_quietly(struct ctl *ctl, const char *method, json_t *p
 	return status;
 }
 
-static enum ctl_exit parse_size(const char *text, uint64_t *size_bytes)
+enum ctl_exit ctl_parse_size(const char *text, uint64_t *size_bytes)
 {
 	struct err err;
 
@@ -119,7 +119,7 @@ static enum ctl_exit parse_new_size(
 {
 	char sign = *text == '+' || *text == '-' ? *text : 0;
 	uint64_t amount_bytes, now_bytes = 0;
-	enum ctl_exit status = parse_size(text + (sign != 0), &amount_bytes);
+	enum ctl_exit status = ctl_parse_size(text + (sign != 0), &amount_bytes);
 
 	if (!status && sign)
 		status = current_size(ctl, name, &now_bytes);
@@ -191,9 +191,9 @@ static enum ctl_exit run_discard(struct ctl *ctl, const char **operands, int ope
 			operands[0]);
 	if (operand_count == 1)
 		return call_quietly(ctl, "Discard", json_pack("{s:s}", "export", operands[0]));
-	status = parse_size(operands[1], &off);
+	status = ctl_parse_size(operands[1], &off);
 	if (!status)
-		status = parse_size(operands[2], &len_bytes);
+		status = ctl_parse_size(operands[2], &len_bytes);
 	if (status)
 		return status;
 	return call_quietly(ctl, "Discard",
@@ -293,6 +293,8 @@ const struct ctl_command ctl_commands[] = {
 		"its users\n"
 		"get errors from then on.\n",
 		run_detach },
+	{ "mirror", "ACTION EXPORT [RATE]", 2, 3, CTL_FORCE | CTL_MIRROR,
+		"copy an export in use to another disk", ctl_mirror_help, ctl_mirror_run },
 	{ "shutdown", "", 0, 0, 0, "end the daemon, and wait until it has ended", NULL,
 		run_shutdown },
 	{ "call", "METHOD [JSON]", 1, 2, CTL_MORE, "call any method of the control interface",

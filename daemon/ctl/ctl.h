@@ -4,6 +4,7 @@
  *	main.c		the command line
  *	client.c	the connection to the daemon, calls and their errors
  *	commands.c	one function per command
+ *	mirror.c	the command "mirror", which has several of its own
  *	show.c		tables for people
  */
 #pragma once
@@ -26,16 +27,24 @@ enum ctl_exit {
 	CTL_BUSY = 6,
 };
 
+/* Options of the command "mirror" alone. */
+struct ctl_mirror {
+	const char *given; /* the first one, NULL: none */
+	const char *to, *rate, *intent_log;
+	bool overwrite, paused, keep;
+};
+
 struct ctl {
 	const struct ctl_command *command;
 	const char *socket_path;
 	bool json, force, more; /* options */
-	int fd;                 /* -1 until the first call */
-	char *buffer;           /* received, not yet looked at */
+	struct ctl_mirror mirror;
+	int fd;       /* -1 until the first call */
+	char *buffer; /* received, not yet looked at */
 	size_t used_bytes, size_bytes;
 };
 
-enum ctl_option { CTL_FORCE = 1 << 0, CTL_MORE = 1 << 1 };
+enum ctl_option { CTL_FORCE = 1 << 0, CTL_MORE = 1 << 1, CTL_MIRROR = 1 << 2 };
 
 struct ctl_command {
 	const char *name;
@@ -50,9 +59,22 @@ struct ctl_command {
 /* commands.c; ended by a row without a name. */
 extern const struct ctl_command ctl_commands[];
 
+/* "10G" in bytes; what is wrong was said. */
+enum ctl_exit ctl_parse_size(const char *text, uint64_t *size_bytes);
+
 /* "blkstackctl: message" to standard error; returns status, so that callers can `return ctl_fail(...)`. */
 enum ctl_exit ctl_fail(enum ctl_exit status, const char *fmt, ...)
 	__attribute__((format(printf, 2, 3)));
+
+/* --- mirror.c --------------------------------------------------------------------------------- */
+
+/*
+ * Takes the word (and its argument: *words moves on) if it is an option of this command. CTL_OK and *taken, or
+ * what is wrong with it.
+ */
+enum ctl_exit ctl_mirror_option(struct ctl_mirror *options, char ***words, bool *taken);
+enum ctl_exit ctl_mirror_run(struct ctl *ctl, const char **operands, int operand_count);
+extern const char ctl_mirror_help[];
 
 /* --- client.c --------------------------------------------------------------------------------- */
 

@@ -96,7 +96,11 @@ static const char *option_argument(const char *word, char ***words)
 static enum ctl_exit parse_option(struct ctl *ctl, struct command_line *line, char ***words)
 {
 	const char *word = **words;
+	bool taken;
+	enum ctl_exit status = ctl_mirror_option(&ctl->mirror, words, &taken);
 
+	if (status || taken)
+		return status;
 	if (is_option(word, "-h", "--help"))
 		line->help = true;
 	else if (is_option(word, "-V", "--version"))
@@ -147,7 +151,8 @@ static const struct ctl_command *find_command(const char *name)
 	return NULL;
 }
 
-static enum ctl_exit check_usage(const struct ctl_command *command, const struct command_line *line)
+static enum ctl_exit check_usage(const struct ctl_command *command, const struct command_line *line,
+	const char *mirror_option)
 {
 	int given = line->operand_count - 1;
 
@@ -158,6 +163,8 @@ static enum ctl_exit check_usage(const struct ctl_command *command, const struct
 		return ctl_fail(CTL_USAGE, "%s knows no --force", command->name);
 	if (line->more && !(command->options & CTL_MORE))
 		return ctl_fail(CTL_USAGE, "%s knows no --more", command->name);
+	if (mirror_option && !(command->options & CTL_MIRROR))
+		return ctl_fail(CTL_USAGE, "%s knows no %s", command->name, mirror_option);
 	return CTL_OK;
 }
 
@@ -174,7 +181,7 @@ static enum ctl_exit run_command(struct ctl *ctl, struct command_line *line)
 		show_command_help(ctl->command);
 		return CTL_OK;
 	}
-	enum ctl_exit status = check_usage(ctl->command, line);
+	enum ctl_exit status = check_usage(ctl->command, line, ctl->mirror.given);
 	if (status)
 		return status;
 	ctl->force = line->force;

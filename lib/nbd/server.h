@@ -62,7 +62,7 @@ struct nbd_counters {
 struct nbd_export {
 	const char *name;        /* 1 to NBD_STRING_MAX_BYTES bytes */
 	const char *description; /* at most as long; NULL or "": none */
-	struct blk *blk;
+	struct blk *blk; /* home only; there it may be exchanged for another one of the same size */
 	struct reactor *home; /* blk's; transmission runs there */
 	bool read_only;       /* whatever blk allows */
 	unsigned max_clients; /* nbd_client() at once; 0: any number */

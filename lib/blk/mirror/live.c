@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "base/units.h"
+#include "blk/call.h"
 #include "blk/layers.h"
 #include "blk/mirror/mirror_private.h"
 #include "rt/buf.h"
@@ -48,7 +49,24 @@ suspends void mirror_wait_change(struct blk *blk, uint64_t deadline_ns)
 		co_queue_wait_until(&mirror->changed, deadline_ns);
 }
 
-suspends int mirror_begin_live(struct blk *blk, struct err *err)
+suspends int mirror_insert(struct blk **top, struct conf *group, struct err *err)
+{
+	struct blk *below = *top;
+	struct blk_env *env = below->env;
+	int ret;
+
+	conf_add(group, conf_new_bool("paused", NULL, true));
+	ret = blk_open_layer(&mirror_ops, group, env, false, top, err);
+	if (ret) {
+		err_place(err, group->where);
+		return ret;
+	}
+	(*top)->listener = below->listener;
+	below->listener = NULL;
+	return 0;
+}
+
+suspends int mirror_begin_live(struct blk *blk, bool paused, struct err *err)
 {
 	struct mirror *mirror = to_mirror(blk);
 	int ret;
@@ -60,7 +78,8 @@ suspends int mirror_begin_live(struct blk *blk, struct err *err)
 		return err_sys(err, -ret, "mirror: intent-log \"%s\"", mirror->log_path);
 	blk_drain_begin(mirror->primary);
 	blk_drain_end(mirror->primary);
-	mirror_resume(blk);
+	if (!paused)
+		mirror_resume(blk);
 	return 0;
 }
 
@@ -296,8 +315,10 @@ suspends int mirror_compare(struct blk *blk, uint64_t off, uint64_t *len,
 	int ret;
 
 	*len = MIN(*len, (uint64_t)MIRROR_CLEAR_MAX_BYTES);
+	co_group_enter(&blk->in_flight); /* closing waits for it, as for a request */
 	range_lock_acquire(&mirror->writes, &range, off, *len, false);
 	ret = compare_locked(mirror, off, len, sum, err);
 	range_lock_release(&mirror->writes, &range);
+	co_group_leave(&blk->in_flight);
 	return ret;
 }

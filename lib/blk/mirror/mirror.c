@@ -372,5 +372,5 @@ const struct blk_ops mirror_ops = {
 	.extents = mirror_extents,
 	.resize = mirror_resize,
 	.child_resized = mirror_child_resized,
-	.status = mirror_status,
+	.status = mirror_add_status,
 };

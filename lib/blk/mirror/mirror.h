@@ -4,9 +4,9 @@
  * A mirror is a layer like others (options in mirror.c); its state is read with blk_status(). Everything here is
  * called on the home reactor of the stack, one call of a mirror at a time.
  *
- * A mirror comes into a running stack in two steps: open it on top (blk_open_layer(), which leaves what is
- * below as it is), let all new requests go to it, then mirror_begin_live(). It goes again by mirror_cancel() or
- * mirror_promote(), then mirror_unlink(), which says what takes its place, then stack_close().
+ * A mirror comes into a running stack in two steps: mirror_insert() opens it on top; when all new requests go to it,
+ * mirror_begin_live(). It goes again by mirror_cancel() or mirror_promote(), then mirror_unlink(), which says
+ * what takes its place, then stack_close().
  */
 #pragma once
 
@@ -20,10 +20,16 @@
 struct blk *mirror_find(struct blk *blk);
 
 /*
- * What is below was used directly until now: waits for those requests, takes the whole disk for dirty, and
- * copies. To be opened with `paused = true`.
+ * Opens a mirror on *top, which may be in use and stays as it is, and makes it *top. group: options, as in a
+ * config file, the layer's name included; it outlives the stack.
  */
-suspends int mirror_begin_live(struct blk *blk, struct err *err);
+suspends int mirror_insert(struct blk **top, struct conf *group, struct err *err);
+
+/*
+ * What is below was used directly until now: waits for those requests, takes the whole disk for dirty, and
+ * copies, unless paused.
+ */
+suspends int mirror_begin_live(struct blk *blk, bool paused, struct err *err);
 
 /* No copying until mirror_resume(), which also tries a degraded secondary again at once. */
 void mirror_pause(struct blk *blk);
@@ -37,6 +43,9 @@ bool mirror_in_sync(const struct blk *blk);
 
 /* How many bytes may differ, and whether the mirror has finished a copy since it began; for progress. */
 uint64_t mirror_bytes_dirty(const struct blk *blk);
+
+/* The keys that the mirror adds to blk_status(), alone; a new reference. */
+json_t *mirror_status(struct blk *blk);
 
 /* Waits until something changed that status tells (a phase, some progress) or deadline_ns has come. */
 suspends void mirror_wait_change(struct blk *blk, uint64_t deadline_ns);

@@ -226,4 +226,4 @@ suspends void mirror_log_relax(struct mirror *mirror);  /* takes back what is no
 suspends int mirror_log_end(struct mirror *mirror, bool promoted);
 
 /* status.c */
-void mirror_status(struct blk *blk, json_t *object);
+void mirror_add_status(struct blk *blk, json_t *object);

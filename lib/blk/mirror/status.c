@@ -7,7 +7,7 @@ static const char *phase_name(const struct mirror *mirror)
 {
 	static const char *const names[] = {
 		[MIRROR_COPYING] = "copying",
-		[MIRROR_IN_SYNC] = "in-sync",
+		[MIRROR_IN_SYNC] = "in_sync",
 		[MIRROR_DEGRADED] = "degraded",
 		[MIRROR_DETACHED] = "ended",
 	};
@@ -71,7 +71,7 @@ static void progress_status(const struct mirror *mirror, json_t *object)
 		object, "converges", json_boolean(copying || mirror->phase == MIRROR_IN_SYNC));
 }
 
-void mirror_status(struct blk *blk, json_t *object)
+void mirror_add_status(struct blk *blk, json_t *object)
 {
 	struct mirror *mirror = to_mirror(blk);
 	uint64_t now_ns = reactor_now_ns();
@@ -90,4 +90,12 @@ void mirror_status(struct blk *blk, json_t *object)
 		retries ? json_integer((json_int_t)((mirror->retry_at_ns - now_ns) / NS_PER_SEC))
 			: json_null());
 	json_object_set_new(object, "intent_log", log_status(mirror));
+}
+
+json_t *mirror_status(struct blk *blk)
+{
+	json_t *object = json_object();
+
+	mirror_add_status(blk, object);
+	return object;
 }
