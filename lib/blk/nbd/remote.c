@@ -205,10 +205,11 @@ static suspends int remote_open(struct blk *blk, struct err *err)
 		ret = remote_read_terms(remote->conns[0].handle, &remote->terms, err);
 	if (!ret)
 		ret = take_terms(remote, err);
+	if (!ret)
+		ret = remote_conn_start(&remote->conns[0], err);
 	if (ret)
 		return err_wrap(err, "\"%s\"", remote->uri);
 	remote->conn_count = remote->terms.multi_conn ? (unsigned)remote->connections : 1;
-	remote_conn_start(&remote->conns[0]);
 	for (unsigned i = 0; i < remote->conn_count; i++)
 		co_group_start(&remote->keepers, remote_conn_keep, &remote->conns[i]);
 	return 0;

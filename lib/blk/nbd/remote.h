@@ -124,7 +124,7 @@ suspends void remote_conn_disconnect(struct remote_conn *conn);
 /* Keeps the connection up, from now until remote->closing, and disconnects it then. */
 suspends void remote_conn_keep(void *arg);
 /* Takes requests from now on. Connected, its terms checked. */
-void remote_conn_start(struct remote_conn *conn);
+int remote_conn_start(struct remote_conn *conn, struct err *err);
 /* After a call that sent something: looks what the socket is to be watched for, and whether it lives. */
 void remote_conn_settle(struct remote_conn *conn);
 /* The connection is of no use any more. Legal inside callbacks of libnbd: frees nothing. */

@@ -12,10 +12,13 @@
  *			`reconnect-delay`, until it has worked or the layer is closed
  *	disconnect	NBD_CMD_DISC, and the server's own end of it waited for, at most DISCONNECT_MAX_NS
  *
+ * libnbd closes the socket of a connection that dies, before anybody is told. So what is watched is a
+ * descriptor of our own for it.
  * A connection is dead for libnbd before it is lost for us, so everything that calls libnbd settles
  * it afterwards. Callbacks of libnbd come with its lock held: they only note and wake.
  */
 #include <errno.h>
+#include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <string.h>
@@ -242,6 +245,12 @@ suspends void remote_conn_disconnect(struct remote_conn *conn)
 
 /* --- serving ---------------------------------------------------------------------------------- */
 
+static void stop_watching(struct remote_conn *conn)
+{
+	watch_remove(&conn->watch);
+	close(conn->watch.fd);
+}
+
 void remote_conn_lose(struct remote_conn *conn, int code, const char *why)
 {
 	struct remote *remote = conn->remote;
@@ -251,7 +260,7 @@ void remote_conn_lose(struct remote_conn *conn, int code, const char *why)
 		return;
 	conn->ready = false;
 	conn->lost = true;
-	watch_remove(&conn->watch);
+	stop_watching(conn);
 	timer_cancel(&conn->silence);
 	if (!--remote->ready_count)
 		remote->give_up_ns = reactor_now_ns() + (uint64_t)remote->reconnect_s * NS_PER_SEC;
@@ -340,15 +349,20 @@ void remote_conn_init(struct remote_conn *conn, struct remote *remote)
 	timer_init(&conn->silence, check_silence);
 }
 
-void remote_conn_start(struct remote_conn *conn)
+int remote_conn_start(struct remote_conn *conn, struct err *err)
 {
 	struct remote *remote = conn->remote;
+	int fd = fcntl(nbd_aio_get_fd(conn->handle), F_DUPFD_CLOEXEC, 0);
 
 	conn->lost = conn->answered = false;
 	conn->born = remote->acked;
 	conn->watched = wanted_events(conn->handle);
-	if (watch_add(&conn->watch, nbd_aio_get_fd(conn->handle), conn->watched, serve_events))
-		abort(); /* it was watched during the handshake */
+	if (fd < 0 || watch_add(&conn->watch, fd, conn->watched, serve_events)) {
+		err_sys(err, errno, "the connection cannot be watched");
+		if (fd >= 0)
+			close(fd);
+		return -err->code;
+	}
 	if (conn->was_up) {
 		remote->reconnects++;
 		blk_notice(&remote->blk, "connected to \"%s\" again", remote->uri);
@@ -357,6 +371,7 @@ void remote_conn_start(struct remote_conn *conn)
 	remote->ready_count++;
 	remote->refused = false;
 	co_queue_wake_all(&remote->waiting);
+	return 0;
 }
 
 /* --- keeping it up ---------------------------------------------------------------------------- */
@@ -382,11 +397,15 @@ static suspends int connect_again(struct remote_conn *conn, struct err *err)
 	ret = remote_read_terms(conn->handle, &terms, err);
 	if (!ret)
 		ret = remote_check_terms(remote, &terms, err);
-	if (!ret)
-		return 0;
-	remote_conn_disconnect(conn);
-	remote->refused = true;
-	co_queue_wake_all(&remote->waiting);
+	if (ret) {
+		remote->refused = true;
+		remote_note_trouble(remote, err);
+		co_queue_wake_all(&remote->waiting);
+	} else {
+		ret = remote_conn_start(conn, err);
+	}
+	if (ret)
+		remote_conn_disconnect(conn);
 	return ret;
 }
 
@@ -420,16 +439,15 @@ suspends void remote_conn_keep(void *arg)
 			clear_up(conn);
 			pause_ns = conn->answered ? 0 : longer_pause(remote, pause_ns);
 			pause_for(conn, pause_ns);
-		} else if (!connect_again(conn, &err)) {
-			remote_conn_start(conn);
-		} else if (!remote->closing) {
+		} else if (connect_again(conn, &err) && !remote->closing) {
 			remote_note_trouble(remote, &err);
 			pause_ns = longer_pause(remote, pause_ns);
 			pause_for(conn, pause_ns);
 		}
 	}
 	if (conn->ready)
-		watch_remove(&conn->watch);
+		stop_watching(conn);
+	conn->ready = false;
 	timer_cancel(&conn->silence);
 	remote_conn_disconnect(conn);
 }
