@@ -162,7 +162,12 @@ struct serving {
 static suspends void serve(void *arg)
 {
 	struct serving *serving = arg;
-	int ret = nbd_serve(serving->nbd, serving->fd, &nbd_limits_default, false, serving->device);
+	const struct nbd_session session = {
+		.fd = serving->fd,
+		.limits = &nbd_limits_default,
+		.peer = serving->device,
+	};
+	int ret = nbd_serve(serving->nbd, &session);
 
 	if (ret)
 		log_error("export \"%s\": the connection with %s broke: %s", serving->nbd->name,

@@ -27,6 +27,9 @@
 
 #define PEER_TEXT_LEN 96
 
+/* At the end, for clients in their handshake to be told and to leave by themselves. */
+#define HANDSHAKE_GRACE_NS (200 * NS_PER_MS)
+
 /* A listener that knows its door. */
 struct entrance {
 	struct listener listener;
@@ -192,6 +195,7 @@ void nbd_door_stop(struct nbd_door *door)
 {
 	for (size_t i = 0; i < door->entrance_count; i++)
 		listener_stop(&door->entrances[i].listener);
+	nbd_server_stop(&door->server);
 }
 
 void nbd_door_abandon(struct nbd_door *door)
@@ -208,7 +212,7 @@ suspends void nbd_door_close(struct nbd_door *door)
 {
 	if (!door)
 		return;
-	nbd_server_close(&door->server);
+	nbd_server_close(&door->server, HANDSHAKE_GRACE_NS);
 	co_group_wait(&door->clients);
 	nbd_door_abandon(door);
 }

@@ -59,6 +59,7 @@ struct blk_caps {
 	bool fua;           /* write/zero/discard ops honour BLK_FUA; else blk.c adds a flush */
 	bool zero_fast;     /* zero is faster than writing zeroes */
 	bool discard;       /* discard gives space back */
+	bool maps_cheaply;  /* extents() costs next to nothing beside a read of some length */
 	bool grows;         /* a resize to more works, and what is added reads as zeroes */
 	bool multi_reactor; /* ops may be called from several reactors at once */
 };

@@ -362,6 +362,7 @@ static suspends int memory_open(struct blk *blk, struct err *err)
 
 	blk->caps.fua = true; /* nothing here is durable, or ever less durable than before */
 	blk->caps.zero_fast = true;
+	blk->caps.maps_cheaply = true;
 	blk->caps.discard = true;
 	blk->caps.grows = true;
 	blk->caps.multi_reactor = true;

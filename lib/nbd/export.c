@@ -47,7 +47,8 @@ void nbd_export_init(struct nbd_export *export, const char *name, const char *de
 uint16_t nbd_export_flags(const struct nbd_export *export)
 {
 	const struct blk_caps *caps = blk_caps(export->blk);
-	uint16_t flags = NBD_FLAG_HAS_FLAGS | NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA;
+	uint16_t flags = NBD_FLAG_HAS_FLAGS | NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA |
+			 NBD_FLAG_SEND_CACHE;
 
 	/* A flush reaches the stack, which all connections share: "NBD_FLAG_CAN_MULTI_CONN". */
 	flags |= NBD_FLAG_CAN_MULTI_CONN;
@@ -70,18 +71,20 @@ static void conn_free(struct nbd_conn *conn)
 	free(conn);
 }
 
-static struct nbd_conn *conn_create(struct nbd_export *export, const struct nbd_limits *limits,
-	bool read_only, const char *peer)
+static struct nbd_conn *conn_create(struct nbd_export *export, const struct nbd_session *session)
 {
+	const struct nbd_limits *limits = session->limits;
 	struct nbd_conn *conn = calloc(1, sizeof(*conn));
 
 	if (!conn)
 		return NULL;
 	conn->export = export;
 	conn->limits = limits;
-	conn->read_only = read_only || (nbd_export_flags(export) & NBD_FLAG_READ_ONLY);
+	conn->read_only = session->read_only || (nbd_export_flags(export) & NBD_FLAG_READ_ONLY);
+	conn->form = session->form;
+	conn->allocation = session->allocation;
 	conn->since_ns = reactor_now_ns();
-	conn->peer = strdup(peer);
+	conn->peer = strdup(session->peer);
 	conn->slots = calloc(limits->requests, sizeof(*conn->slots));
 	if (!conn->peer || !conn->slots) {
 		conn_free(conn);
@@ -140,29 +143,26 @@ static void add_counters(struct nbd_counters *sum, const struct nbd_counters *co
 	sum->errors += counters->errors;
 }
 
-suspends int nbd_serve(struct nbd_export *export, int fd, const struct nbd_limits *limits,
-	bool read_only, const char *peer)
+suspends int nbd_serve(struct nbd_export *export, const struct nbd_session *session)
 {
-	if (export->closing) {
-		close(fd);
-		return -ESHUTDOWN;
-	}
-	struct nbd_conn *conn = conn_create(export, limits, read_only, peer);
+	struct nbd_conn *conn = export->closing ? NULL : conn_create(export, session);
+
 	if (!conn) {
-		close(fd);
-		return -ENOMEM;
+		close(session->fd);
+		return export->closing ? -ESHUTDOWN : -ENOMEM;
 	}
-	int ret = stream_init(&conn->stream, fd);
+	int ret = stream_init(&conn->stream, session->fd);
 	if (ret) {
 		conn_free(conn);
 		return ret;
 	}
-	enlarge_send_buffer(fd);
+	enlarge_send_buffer(session->fd);
 	list_push_back(&export->conns, &conn->link);
 	co_group_enter(&export->serving);
 	ret = nbd_receive_requests(conn);
 	if (ret)
-		log_debug("nbd: export \"%s\": client %s: %s", export->name, peer, strerror(-ret));
+		log_debug("nbd: export \"%s\": client %s: %s", export->name, conn->peer,
+			strerror(-ret));
 	conn_finish(conn);
 	stream_fini(&conn->stream);
 	list_remove(&conn->link);
@@ -210,6 +210,8 @@ static void put_counters(json_t *object, const struct nbd_counters *counters)
 		[NBD_COUNT_FLUSH] = "flush",
 		[NBD_COUNT_TRIM] = "trim",
 		[NBD_COUNT_ZERO] = "zero",
+		[NBD_COUNT_CACHE] = "cache",
+		[NBD_COUNT_BLOCK_STATUS] = "block_status",
 	};
 	json_t *requests = json_object();
 

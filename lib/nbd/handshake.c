@@ -9,6 +9,11 @@
  * buffer, longer data is thrown away up to a bound; the options are counted; everything together has a
  * deadline. The export that was found is counted in its `clients` before anything suspends, so it
  * cannot go away.
+ *
+ * What was negotiated (the form of replies, metadata contexts) is kept in the handshake and forgotten at
+ * once by nbd_negotiation_forget(), as it has to be when TLS begins.
+ *
+ * NBD_REP_ERR_BLOCK_SIZE_REQD is never sent: it is for servers that do not take the default sizes.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -44,8 +49,7 @@ static void append(struct nbd_handshake *handshake, const void *data, size_t len
 	handshake->replies_bytes += len_bytes;
 }
 
-/* A reply's data is head, then tail. */
-static void reply(struct nbd_handshake *handshake, uint32_t type, const void *head,
+void nbd_option_reply(struct nbd_handshake *handshake, uint32_t type, const void *head,
 	size_t head_bytes, const char *tail)
 {
 	size_t tail_bytes = tail ? strlen(tail) : 0;
@@ -61,15 +65,14 @@ static void reply(struct nbd_handshake *handshake, uint32_t type, const void *he
 	append(handshake, tail, tail_bytes);
 }
 
-static void reply_ack(struct nbd_handshake *handshake)
+void nbd_option_ack(struct nbd_handshake *handshake)
 {
-	reply(handshake, NBD_REP_ACK, NULL, 0, NULL);
+	nbd_option_reply(handshake, NBD_REP_ACK, NULL, 0, NULL);
 }
 
-/* The text is for the client's user. */
-static void reply_error(struct nbd_handshake *handshake, uint32_t type, const char *text)
+void nbd_option_error(struct nbd_handshake *handshake, uint32_t type, const char *text)
 {
-	reply(handshake, type, NULL, 0, text);
+	nbd_option_reply(handshake, type, NULL, 0, text);
 }
 
 static suspends int send_all(struct nbd_handshake *handshake, const void *data, size_t len_bytes)
@@ -91,10 +94,15 @@ static suspends int send_replies(struct nbd_handshake *handshake)
 	return ret;
 }
 
+void nbd_negotiation_forget(struct nbd_handshake *handshake)
+{
+	handshake->form = NBD_SIMPLE;
+	nbd_meta_forget(handshake);
+}
+
 /* --- exports ---------------------------------------------------------------------------------- */
 
-/* An empty name is the default export. NULL when there is none of that name. */
-static struct nbd_export *find_export(
+struct nbd_export *nbd_find_export(
 	struct nbd_handshake *handshake, const uint8_t *name, size_t name_bytes)
 {
 	list_for_each (link, &handshake->server->exports) {
@@ -112,9 +120,10 @@ static bool is_full(const struct nbd_export *export)
 	return export->max_clients && export->clients.running >= export->max_clients;
 }
 
-/* What an export is like at this moment; asked on its home reactor. */
+/* What an export is like at this moment, for this client; asked on its home reactor. */
 struct properties {
 	struct nbd_export *export;
+	uint16_t negotiated_flags; /* set by the caller */
 	uint64_t size;
 	uint16_t flags;
 	uint32_t preferred_bytes;
@@ -126,9 +135,32 @@ static suspends void look_up_properties(void *arg)
 	const struct blk_caps *caps = blk_caps(properties->export->blk);
 
 	properties->size = caps->size;
-	properties->flags = nbd_export_flags(properties->export);
+	properties->flags = nbd_export_flags(properties->export) | properties->negotiated_flags;
 	properties->preferred_bytes = MAX(caps->preferred_size, PREFERRED_BLOCK_BYTES);
 	properties->preferred_bytes = MIN(properties->preferred_bytes, BLK_REQUEST_MAX);
+}
+
+/* The transmission flags that depend on what was negotiated: "Transmission flags". */
+static uint16_t negotiated_flags(
+	const struct nbd_handshake *handshake, const struct nbd_export *export)
+{
+	uint16_t flags = handshake->form == NBD_SIMPLE ? 0 : NBD_FLAG_SEND_DF;
+
+	if (handshake->form == NBD_EXTENDED && nbd_meta_selected(handshake, export))
+		flags |= NBD_FLAG_BLOCK_STATUS_PAYLOAD;
+	return flags;
+}
+
+static suspends struct properties properties_of(
+	const struct nbd_handshake *handshake, struct nbd_export *export)
+{
+	struct properties properties = {
+		.export = export,
+		.negotiated_flags = negotiated_flags(handshake, export),
+	};
+
+	co_call_on(export->home, look_up_properties, &properties);
+	return properties;
 }
 
 /* --- options ---------------------------------------------------------------------------------- */
@@ -136,13 +168,14 @@ static suspends void look_up_properties(void *arg)
 /* No errors can be told here: an export that cannot be had ends the connection. */
 static suspends int option_export_name(struct nbd_handshake *handshake)
 {
-	struct nbd_export *export = find_export(handshake, handshake->data, handshake->len);
+	struct nbd_export *export = nbd_find_export(handshake, handshake->data, handshake->len);
 
 	if (!export || is_full(export))
 		return export ? -EUSERS : -ENOENT;
-	struct properties properties = { .export = export };
+	if (handshake->form == NBD_EXTENDED)
+		return -EPROTO; /* not allowed any more: "NBD_OPT_EXTENDED_HEADERS" */
 	co_group_enter(&export->clients);
-	co_call_on(export->home, look_up_properties, &properties);
+	struct properties properties = properties_of(handshake, export);
 	struct nbd_export_name_reply answer = {
 		.size = be64_make(properties.size),
 		.flags = be16_make(properties.flags),
@@ -160,7 +193,7 @@ static suspends int option_export_name(struct nbd_handshake *handshake)
 
 static suspends int option_abort(struct nbd_handshake *handshake)
 {
-	reply_ack(handshake);
+	nbd_option_ack(handshake);
 	send_replies(handshake); /* the client may be gone already, and may be so */
 	return HANDSHAKE_OVER;
 }
@@ -168,7 +201,7 @@ static suspends int option_abort(struct nbd_handshake *handshake)
 static suspends int option_list(struct nbd_handshake *handshake)
 {
 	if (handshake->len) {
-		reply_error(handshake, NBD_REP_ERR_INVALID, "NBD_OPT_LIST has no data");
+		nbd_option_error(handshake, NBD_REP_ERR_INVALID, "NBD_OPT_LIST has no data");
 		return NEXT_OPTION;
 	}
 	list_for_each (link, &handshake->server->exports) {
@@ -180,10 +213,10 @@ static suspends int option_list(struct nbd_handshake *handshake)
 		} head = { .name_bytes = be32_make(name_bytes) };
 
 		memcpy(head.name, export->name, name_bytes);
-		reply(handshake, NBD_REP_SERVER, &head, sizeof(head.name_bytes) + name_bytes,
-			export->description);
+		nbd_option_reply(handshake, NBD_REP_SERVER, &head,
+			sizeof(head.name_bytes) + name_bytes, export->description);
 	}
-	reply_ack(handshake);
+	nbd_option_ack(handshake);
 	return NEXT_OPTION;
 }
 
@@ -226,7 +259,7 @@ static void reply_info_text(struct nbd_handshake *handshake, enum nbd_info type,
 {
 	be16 head = be16_make(type);
 
-	reply(handshake, NBD_REP_INFO, &head, sizeof(head), text);
+	nbd_option_reply(handshake, NBD_REP_INFO, &head, sizeof(head), text);
 }
 
 static void reply_infos(
@@ -245,13 +278,13 @@ static void reply_infos(
 		.max_payload = be32_make(BLK_REQUEST_MAX),
 	};
 
-	reply(handshake, NBD_REP_INFO, &info, sizeof(info), NULL);
+	nbd_option_reply(handshake, NBD_REP_INFO, &info, sizeof(info), NULL);
 	if (wanted & 1U << NBD_INFO_NAME)
 		reply_info_text(handshake, NBD_INFO_NAME, export->name);
 	if (wanted & 1U << NBD_INFO_DESCRIPTION && export->description && *export->description)
 		reply_info_text(handshake, NBD_INFO_DESCRIPTION, export->description);
 	if (wanted & 1U << NBD_INFO_BLOCK_SIZE)
-		reply(handshake, NBD_REP_INFO, &block_size, sizeof(block_size), NULL);
+		nbd_option_reply(handshake, NBD_REP_INFO, &block_size, sizeof(block_size), NULL);
 }
 
 /* NBD_OPT_INFO and NBD_OPT_GO: the same, but that after a success GO ends the handshake. */
@@ -260,25 +293,24 @@ static suspends int option_info(struct nbd_handshake *handshake)
 	struct info_request request;
 
 	if (!parse_info_request(handshake, &request)) {
-		reply_error(
+		nbd_option_error(
 			handshake, NBD_REP_ERR_INVALID, "the lengths in the data do not add up");
 		return NEXT_OPTION;
 	}
-	struct nbd_export *export = find_export(handshake, request.name, request.name_bytes);
+	struct nbd_export *export = nbd_find_export(handshake, request.name, request.name_bytes);
 	if (!export) {
-		reply_error(handshake, NBD_REP_ERR_UNKNOWN, "there is no export of that name");
+		nbd_option_error(handshake, NBD_REP_ERR_UNKNOWN, "there is no export of that name");
 		return NEXT_OPTION;
 	}
 	if (handshake->option == NBD_OPT_GO && is_full(export)) {
-		reply_error(
+		nbd_option_error(
 			handshake, NBD_REP_ERR_POLICY, "the export has as many clients as allowed");
 		return NEXT_OPTION;
 	}
-	struct properties properties = { .export = export };
 	co_group_enter(&export->clients);
-	co_call_on(export->home, look_up_properties, &properties);
+	struct properties properties = properties_of(handshake, export);
 	reply_infos(handshake, request.wanted, &properties);
-	reply_ack(handshake);
+	nbd_option_ack(handshake);
 	int ret = send_replies(handshake);
 	if (!ret && handshake->option == NBD_OPT_GO) {
 		handshake->chosen = export;
@@ -286,6 +318,29 @@ static suspends int option_info(struct nbd_handshake *handshake)
 	}
 	co_group_leave(&export->clients);
 	return ret;
+}
+
+/* NBD_OPT_STRUCTURED_REPLY and NBD_OPT_EXTENDED_HEADERS; asking for the same again changes nothing. */
+static suspends int option_form(struct nbd_handshake *handshake)
+{
+	bool extended = handshake->option == NBD_OPT_EXTENDED_HEADERS;
+
+	if (handshake->len) {
+		nbd_option_error(handshake, NBD_REP_ERR_INVALID, "the option has no data");
+	} else if (!extended && handshake->form == NBD_EXTENDED) {
+		nbd_option_error(handshake, NBD_REP_ERR_EXT_HEADER_REQD,
+			"extended headers are negotiated already");
+	} else {
+		handshake->form = extended ? NBD_EXTENDED : NBD_STRUCTURED;
+		nbd_option_ack(handshake);
+	}
+	return NEXT_OPTION;
+}
+
+static suspends int option_meta(struct nbd_handshake *handshake)
+{
+	nbd_meta_answer(handshake);
+	return NEXT_OPTION;
 }
 
 static const struct option {
@@ -297,6 +352,10 @@ static const struct option {
 	{ NBD_OPT_LIST, option_list },
 	{ NBD_OPT_INFO, option_info },
 	{ NBD_OPT_GO, option_info },
+	{ NBD_OPT_STRUCTURED_REPLY, option_form },
+	{ NBD_OPT_LIST_META_CONTEXT, option_meta },
+	{ NBD_OPT_SET_META_CONTEXT, option_meta },
+	{ NBD_OPT_EXTENDED_HEADERS, option_form },
 };
 
 static const struct option *find_option(uint32_t number)
@@ -352,6 +411,28 @@ static suspends int skip_data(struct nbd_handshake *handshake)
 	return 0;
 }
 
+/* "Termination of the session during option haggling" */
+static bool is_unwelcome(const struct nbd_handshake *handshake)
+{
+	return handshake->server->closing && handshake->option != NBD_OPT_ABORT;
+}
+
+/* option: NULL when it is unknown. */
+static int refuse_option(struct nbd_handshake *handshake, const struct option *option)
+{
+	if (handshake->option == NBD_OPT_EXPORT_NAME) /* no other way to refuse it */
+		return is_unwelcome(handshake) ? -ESHUTDOWN : -ENAMETOOLONG;
+	if (handshake->option == NBD_OPT_SET_META_CONTEXT)
+		nbd_meta_forget(handshake);
+	if (is_unwelcome(handshake))
+		nbd_option_error(handshake, NBD_REP_ERR_SHUTDOWN, "the server is shutting down");
+	else if (option)
+		nbd_option_error(handshake, NBD_REP_ERR_TOO_BIG, "the data is too long");
+	else
+		nbd_option_error(handshake, NBD_REP_ERR_UNSUP, "unknown option");
+	return NEXT_OPTION;
+}
+
 static suspends int answer_option(struct nbd_handshake *handshake)
 {
 	struct nbd_option_header header;
@@ -364,18 +445,14 @@ static suspends int answer_option(struct nbd_handshake *handshake)
 	handshake->option = be32_get(header.option);
 	handshake->len = be32_get(header.len);
 	const struct option *option = find_option(handshake->option);
-	if (option && handshake->len <= sizeof(handshake->data)) {
+	if (!option || handshake->len > sizeof(handshake->data) || is_unwelcome(handshake)) {
+		ret = skip_data(handshake);
+		if (!ret)
+			ret = refuse_option(handshake, option);
+	} else {
 		ret = receive(handshake, handshake->data, handshake->len);
 		if (!ret)
 			ret = option->answer(handshake);
-	} else {
-		ret = skip_data(handshake);
-		if (handshake->option == NBD_OPT_EXPORT_NAME)
-			return ret ? ret : -ENAMETOOLONG; /* no other way to refuse it */
-		if (option)
-			reply_error(handshake, NBD_REP_ERR_TOO_BIG, "the data is too long");
-		else
-			reply_error(handshake, NBD_REP_ERR_UNSUP, "unknown option");
 	}
 	if (ret == NEXT_OPTION)
 		ret = send_replies(handshake);

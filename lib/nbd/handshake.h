@@ -15,6 +15,8 @@ struct nbd_handshake {
 	struct stream stream;
 	uint64_t deadline_ns;
 	bool no_zeroes;
+	enum nbd_form form;
+	char *meta_export; /* the export for which base:allocation is selected, or NULL; malloc()ed */
 	struct nbd_export *chosen; /* counted in chosen->clients */
 
 	/* The option being answered. */
@@ -30,3 +32,24 @@ struct nbd_handshake {
  * rules (-errno).
  */
 suspends int nbd_handshake_run(struct nbd_handshake *handshake);
+
+/* Back to what it was before the first option, but for the flags: what NBD_OPT_STARTTLS asks for. */
+void nbd_negotiation_forget(struct nbd_handshake *handshake);
+
+/* --- for options ------------------------------------------------------------------------------ */
+
+/* Collects a reply; its data is head, then tail. */
+void nbd_option_reply(struct nbd_handshake *handshake, uint32_t type, const void *head,
+	size_t head_bytes, const char *tail);
+void nbd_option_ack(struct nbd_handshake *handshake);
+/* The text is for the client's user. */
+void nbd_option_error(struct nbd_handshake *handshake, uint32_t type, const char *text);
+/* An empty name is the default export. NULL when there is none of that name. */
+struct nbd_export *nbd_find_export(
+	struct nbd_handshake *handshake, const uint8_t *name, size_t name_bytes);
+
+/* meta.c: NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT. */
+void nbd_meta_answer(struct nbd_handshake *handshake);
+void nbd_meta_forget(struct nbd_handshake *handshake);
+/* Whether block status can be asked of export. */
+bool nbd_meta_selected(const struct nbd_handshake *handshake, const struct nbd_export *export);

@@ -34,7 +34,7 @@
 
 /* --- memory ----------------------------------------------------------------------------------- */
 
-void *nbd_buffer_get(struct nbd_conn *conn, size_t size_bytes)
+static void *buffer_get(struct nbd_conn *conn, size_t size_bytes)
 {
 	void *buf = buf_get(size_bytes);
 
@@ -51,7 +51,7 @@ static void buffer_put(struct nbd_conn *conn, void *buf, size_t size_bytes)
 
 static struct nbd_chunk *chunk_get(struct nbd_conn *conn)
 {
-	struct nbd_chunk *chunk = nbd_buffer_get(conn, NBD_CHUNK_BYTES);
+	struct nbd_chunk *chunk = buffer_get(conn, NBD_CHUNK_BYTES);
 
 	if (chunk)
 		chunk->refs = 1;
@@ -64,14 +64,36 @@ static void chunk_put(struct nbd_conn *conn, struct nbd_chunk *chunk)
 		buffer_put(conn, chunk, NBD_CHUNK_BYTES);
 }
 
+bool nbd_payload_get(struct nbd_request *request, uint32_t size_bytes)
+{
+	request->payload = buffer_get(request->conn, size_bytes);
+	request->payload_bytes = size_bytes;
+	return request->payload;
+}
+
 void nbd_payload_put(struct nbd_request *request)
 {
 	if (request->chunk)
 		chunk_put(request->conn, request->chunk);
 	else if (request->payload)
-		buffer_put(request->conn, request->payload, request->len);
+		buffer_put(request->conn, request->payload, request->payload_bytes);
 	request->chunk = NULL;
 	request->payload = NULL;
+}
+
+bool nbd_fragments_get(struct nbd_request *request)
+{
+	request->fragments = buffer_get(request->conn, sizeof(*request->fragments));
+	if (request->fragments)
+		request->fragments->count = 0;
+	return request->fragments;
+}
+
+void nbd_fragments_put(struct nbd_request *request)
+{
+	if (request->fragments)
+		buffer_put(request->conn, request->fragments, sizeof(*request->fragments));
+	request->fragments = NULL;
 }
 
 /* --- waiting ---------------------------------------------------------------------------------- */
@@ -174,7 +196,7 @@ static suspends int next_request(struct nbd_conn *conn)
 		return 1;
 	if (conn->stopping)
 		return 0;
-	int ret = make_space(conn, sizeof(struct nbd_request_header));
+	int ret = make_space(conn, sizeof(struct nbd_extended_request_header));
 	if (ret)
 		return ret;
 	conn->between_requests = true;
@@ -218,8 +240,7 @@ static suspends int receive_into_buffer(struct nbd_conn *conn, struct nbd_reques
 
 	if (ret)
 		return ret;
-	request->payload = nbd_buffer_get(conn, request->len);
-	if (!request->payload)
+	if (!nbd_payload_get(request, (uint32_t)request->len))
 		return -ENOMEM;
 	memcpy(request->payload, conn->chunk->data + conn->pos, have);
 	conn->pos = conn->fill;
@@ -246,10 +267,9 @@ static suspends int receive_payload(struct nbd_conn *conn, struct nbd_request *r
 
 /* From a request on the receiver's stack, complete with its payload, to a slot, and off it goes. */
 static suspends int start_request(
-	struct nbd_conn *conn, const struct nbd_request *received, enum nbd_error error)
+	struct nbd_conn *conn, const struct nbd_request *received, struct nbd_refusal refusal)
 {
-	bool reads = !error && received->type == NBD_CMD_READ;
-	int ret = wait_for_room(conn, reads ? received->len : 0);
+	int ret = wait_for_room(conn, refusal.error ? 0 : nbd_request_buffer_bytes(received));
 
 	if (ret)
 		return ret;
@@ -258,43 +278,124 @@ static suspends int start_request(
 	*request = *received;
 	list_init(&request->link);
 	conn->in_flight++;
-	if (error)
-		nbd_reply(request, error);
+	if (refusal.error)
+		nbd_refuse(request, refusal);
 	else
 		nbd_request_start(request);
 	return 0;
 }
 
-static suspends int receive_request(struct nbd_conn *conn)
+static bool parse_compact(const uint8_t *bytes, struct nbd_request *request)
 {
-	struct nbd_request request = { .conn = conn };
 	struct nbd_request_header header;
-	int ret = need(conn, sizeof(header));
+
+	memcpy(&header, bytes, sizeof(header));
+	request->type = be16_get(header.type);
+	request->flags = be16_get(header.flags);
+	request->cookie = header.cookie;
+	request->off = be64_get(header.off);
+	request->len = be32_get(header.len);
+	return be32_get(header.magic) == NBD_REQUEST_MAGIC;
+}
+
+static bool parse_extended(const uint8_t *bytes, struct nbd_request *request)
+{
+	struct nbd_extended_request_header header;
+
+	memcpy(&header, bytes, sizeof(header));
+	request->type = be16_get(header.type);
+	request->flags = be16_get(header.flags);
+	request->cookie = header.cookie;
+	request->off = be64_get(header.off);
+	request->len = be64_get(header.len);
+	return be32_get(header.magic) == NBD_EXTENDED_REQUEST_MAGIC;
+}
+
+static suspends int receive_header(struct nbd_conn *conn, struct nbd_request *request)
+{
+	bool extended = conn->form == NBD_EXTENDED;
+	size_t header_bytes = extended ? sizeof(struct nbd_extended_request_header)
+				       : sizeof(struct nbd_request_header);
+	int ret = need(conn, header_bytes);
 
 	if (ret)
 		return ret;
-	memcpy(&header, conn->chunk->data + conn->pos, sizeof(header));
-	conn->pos += sizeof(header);
-	if (be32_get(header.magic) != NBD_REQUEST_MAGIC)
+	const uint8_t *bytes = conn->chunk->data + conn->pos;
+	conn->pos += header_bytes;
+	bool right = extended ? parse_extended(bytes, request) : parse_compact(bytes, request);
+	return right ? 0 : -EPROTO;
+}
+
+/* What follows the header. */
+static uint64_t payload_bytes_of(const struct nbd_conn *conn, const struct nbd_request *request)
+{
+	bool has_payload = conn->form == NBD_EXTENDED ? request->flags & NBD_CMD_FLAG_PAYLOAD_LEN
+						      : request->type == NBD_CMD_WRITE;
+
+	return has_payload ? request->len : 0;
+}
+
+/*
+ * The payload of a block status has the real length, and the contexts wanted: there is only one, and
+ * neither none, nor one twice, nor an unknown one is allowed.
+ */
+static suspends int receive_status_payload(
+	struct nbd_conn *conn, struct nbd_request *request, struct nbd_refusal *refusal)
+{
+	struct nbd_status_payload payload;
+	be32 context;
+
+	*refusal = (struct nbd_refusal){ NBD_EINVAL,
+		"the payload does not name each metadata context wanted once" };
+	if (request->len != sizeof(payload) + sizeof(context))
+		return skip_payload(conn, request->len);
+	int ret = need(conn, request->len);
+	if (ret)
+		return ret;
+	memcpy(&payload, conn->chunk->data + conn->pos, sizeof(payload));
+	memcpy(&context, conn->chunk->data + conn->pos + sizeof(payload), sizeof(context));
+	conn->pos += request->len;
+	request->len = be64_get(payload.len);
+	if (be32_get(context) == NBD_ALLOCATION_ID)
+		*refusal = nbd_request_check(conn, request);
+	return 0;
+}
+
+/* Takes it, or throws it away when the request is refused. */
+static suspends int receive_what_follows(struct nbd_conn *conn, struct nbd_request *request,
+	uint64_t payload_bytes, struct nbd_refusal *refusal)
+{
+	/* "Request message": longer ones end an extended session. */
+	if (conn->form == NBD_EXTENDED && payload_bytes > BLK_REQUEST_MAX)
 		return -EPROTO;
-	request.type = be16_get(header.type);
-	request.flags = be16_get(header.flags);
-	request.off = be64_get(header.off);
-	request.len = be32_get(header.len);
-	request.reply.cookie = header.cookie;
+	if (request->type == NBD_CMD_BLOCK_STATUS)
+		return receive_status_payload(conn, request, refusal);
+	*refusal = nbd_request_check(conn, request);
+	if (refusal->error)
+		return skip_payload(conn, payload_bytes);
+	return receive_payload(conn, request);
+}
+
+static suspends int receive_request(struct nbd_conn *conn)
+{
+	struct nbd_request request = { .conn = conn };
+	struct nbd_refusal refusal;
+	int ret = receive_header(conn, &request);
+
+	if (ret)
+		return ret;
 	if (request.type == NBD_CMD_DISC) {
 		conn->stopping = true;
 		conn->pos = conn->fill; /* nothing may follow */
 		return 0;
 	}
-
-	enum nbd_error error = nbd_request_check(conn, &request);
-	if (request.type == NBD_CMD_WRITE) {
-		ret = error ? skip_payload(conn, request.len) : receive_payload(conn, &request);
-		if (ret)
-			return ret;
-	}
-	ret = start_request(conn, &request, error);
+	uint64_t payload_bytes = payload_bytes_of(conn, &request);
+	if (payload_bytes)
+		ret = receive_what_follows(conn, &request, payload_bytes, &refusal);
+	else
+		refusal = nbd_request_check(conn, &request);
+	if (!ret)
+		ret = start_request(conn, &request, refusal);
 	if (ret)
 		nbd_payload_put(&request);
 	return ret;

@@ -13,8 +13,10 @@
 #include "base/util.h"
 #include "nbd/conn.h"
 
-/* Replies in one system call; each takes two iovecs at most. */
-#define REPLIES_PER_SEND_MAX 64
+/* In one system call: enough for 64 reads of one piece of data each, or two with all the holes allowed. */
+#define PIECES_PER_SEND_MAX 128
+_Static_assert(ARRAY_LEN(((struct nbd_fragments *)0)->pieces) <= PIECES_PER_SEND_MAX,
+	"every reply fits into one call");
 
 /*
  * Sent even in the middle of a batch, so that the client can go on while the rest of the batch runs.
@@ -23,17 +25,13 @@
 #define SEND_AT_REPLIES 32
 #define SEND_AT_BYTES   (256U << 10)
 
-static size_t reply_bytes(const struct nbd_request *request)
-{
-	return sizeof(request->reply) + (request->payload ? request->len : 0);
-}
-
 /* Gives slot and memory back, and lets the receiver know. */
 static void release(struct nbd_request *request)
 {
 	struct nbd_conn *conn = request->conn;
 
 	nbd_payload_put(request);
+	nbd_fragments_put(request);
 	list_push_front(&conn->free, &request->link);
 	conn->in_flight--;
 	co_queue_wake_all(&conn->room);
@@ -42,7 +40,7 @@ static void release(struct nbd_request *request)
 /* --- sending ---------------------------------------------------------------------------------- */
 
 struct gathered {
-	struct iovec iov[2 * REPLIES_PER_SEND_MAX];
+	struct iovec iov[PIECES_PER_SEND_MAX];
 	int count;
 	size_t bytes;
 };
@@ -55,22 +53,21 @@ static void gather(const struct nbd_conn *conn, struct gathered *all)
 	all->count = 0;
 	all->bytes = 0;
 	list_for_each (link, &conn->ready) {
-		struct nbd_request *request = list_entry(link, struct nbd_request, link);
-		size_t header_bytes = sizeof(request->reply) -
-				      MIN(skip_bytes, sizeof(request->reply));
+		const struct nbd_request *request = list_entry(link, struct nbd_request, link);
 
-		if (all->count + 2 > 2 * REPLIES_PER_SEND_MAX)
+		if ((unsigned)all->count + request->piece_count > PIECES_PER_SEND_MAX)
 			break;
-		if (header_bytes)
-			all->iov[all->count++] = (struct iovec){
-				(char *)&request->reply + skip_bytes, header_bytes
-			};
-		skip_bytes -= sizeof(request->reply) - header_bytes;
-		if (request->payload)
-			all->iov[all->count++] = (struct iovec){ request->payload + skip_bytes,
-				request->len - skip_bytes };
-		all->bytes += reply_bytes(request);
-		skip_bytes = 0;
+		for (unsigned i = 0; i < request->piece_count; i++) {
+			const struct iovec *piece = &request->pieces[i];
+			size_t skipped = MIN(skip_bytes, piece->iov_len);
+
+			skip_bytes -= skipped;
+			if (skipped < piece->iov_len)
+				all->iov[all->count++] = (struct iovec){
+					(char *)piece->iov_base + skipped, piece->iov_len - skipped
+				};
+		}
+		all->bytes += request->reply_bytes;
 	}
 	all->bytes -= conn->sent_bytes;
 }
@@ -82,11 +79,10 @@ static void sent(struct nbd_conn *conn, size_t bytes)
 	conn->sent_bytes += bytes;
 	while (!list_empty(&conn->ready)) {
 		struct nbd_request *first = list_entry(conn->ready.next, struct nbd_request, link);
-		size_t first_bytes = reply_bytes(first);
 
-		if (conn->sent_bytes < first_bytes)
+		if (conn->sent_bytes < first->reply_bytes)
 			break;
-		conn->sent_bytes -= first_bytes;
+		conn->sent_bytes -= first->reply_bytes;
 		conn->ready_count--;
 		list_remove(&first->link);
 		release(first);
@@ -167,21 +163,17 @@ void nbd_reply_init(struct nbd_conn *conn)
 	task_init(&conn->send_ready, send_ready);
 }
 
-void nbd_reply(struct nbd_request *request, enum nbd_error error)
+void nbd_reply(struct nbd_request *request)
 {
 	struct nbd_conn *conn = request->conn;
 
-	if (error)
-		conn->counters.errors++;
 	if (conn->error) {
 		release(request);
 		return;
 	}
-	request->reply.magic = be32_make(NBD_SIMPLE_REPLY_MAGIC);
-	request->reply.error = be32_make(error);
 	list_push_back(&conn->ready, &request->link);
 	conn->ready_count++;
-	conn->ready_bytes += reply_bytes(request);
+	conn->ready_bytes += request->reply_bytes;
 	if (conn->ready_count >= SEND_AT_REPLIES || conn->ready_bytes >= SEND_AT_BYTES)
 		nbd_reply_send(conn);
 	else if (!conn->batching)

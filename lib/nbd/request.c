@@ -3,32 +3,43 @@
  *
  * Checks come first, in the order of blk.h (ill-formed, read-only, out of range), so that nothing is received
  * or allocated for a request that cannot succeed. Flags: "Command flags"; errors: "Error values".
+ * Clients with structured replies also get a text.
  *
  * Each request runs in a coroutine of its own and answers when it is done, in any order
  * ("Ordering of messages and writes"): it waits for nobody but the layers.
  */
 #include <errno.h>
+#include <string.h>
 
 #include "base/util.h"
 #include "nbd/conn.h"
 
+/* What is read at a time for NBD_CMD_CACHE. */
+#define CACHE_PIECE_BYTES (256U << 10)
+
 /* What the commands are to us; a type that is not in here is unknown. */
 static const struct command {
-	uint16_t flags; /* that may be set */
+	uint16_t flags;                       /* that may be set */
+	uint16_t chunk_flags, extended_flags; /* and with chunks, or extended headers, negotiated */
 	bool known, writes, has_range;
+	uint32_t max_len; /* of a range that takes memory; 0: any */
 	enum nbd_counter counter;
 	enum nbd_error beyond_end;
 } commands[] = {
 	/* FUA is allowed, and ignored, where nothing is written: "NBD_CMD_FLAG_FUA". */
 	[NBD_CMD_READ] = { .known = true,
 		.flags = NBD_CMD_FLAG_FUA,
+		.chunk_flags = NBD_CMD_FLAG_DF,
 		.has_range = true,
+		.max_len = BLK_REQUEST_MAX,
 		.counter = NBD_COUNT_READ,
 		.beyond_end = NBD_EINVAL },
 	[NBD_CMD_WRITE] = { .known = true,
 		.flags = NBD_CMD_FLAG_FUA,
+		.extended_flags = NBD_CMD_FLAG_PAYLOAD_LEN,
 		.has_range = true,
 		.writes = true,
+		.max_len = BLK_REQUEST_MAX,
 		.counter = NBD_COUNT_WRITE,
 		.beyond_end = NBD_ENOSPC },
 	[NBD_CMD_FLUSH] = { .known = true, .flags = NBD_CMD_FLAG_FUA, .counter = NBD_COUNT_FLUSH },
@@ -38,33 +49,94 @@ static const struct command {
 		.writes = true,
 		.counter = NBD_COUNT_TRIM,
 		.beyond_end = NBD_EINVAL },
+	[NBD_CMD_CACHE] = { .known = true,
+		.flags = NBD_CMD_FLAG_FUA,
+		.has_range = true,
+		.max_len = BLK_REQUEST_MAX,
+		.counter = NBD_COUNT_CACHE,
+		.beyond_end = NBD_EINVAL },
 	[NBD_CMD_WRITE_ZEROES] = { .known = true,
 		.flags = NBD_CMD_FLAG_FUA | NBD_CMD_FLAG_NO_HOLE | NBD_CMD_FLAG_FAST_ZERO,
 		.has_range = true,
 		.writes = true,
 		.counter = NBD_COUNT_ZERO,
 		.beyond_end = NBD_ENOSPC },
+	[NBD_CMD_BLOCK_STATUS] = { .known = true,
+		.flags = NBD_CMD_FLAG_FUA | NBD_CMD_FLAG_REQ_ONE,
+		.extended_flags = NBD_CMD_FLAG_PAYLOAD_LEN,
+		.has_range = true,
+		.counter = NBD_COUNT_BLOCK_STATUS,
+		.beyond_end = NBD_EINVAL },
 };
 
-enum nbd_error nbd_request_check(const struct nbd_conn *conn, const struct nbd_request *request)
+static struct nbd_refusal refusal(enum nbd_error error, const char *text)
+{
+	return (struct nbd_refusal){ error, text };
+}
+
+static struct nbd_refusal check_flags(const struct nbd_conn *conn,
+	const struct nbd_request *request, const struct command *command)
+{
+	uint16_t allowed = command->flags;
+
+	allowed |= conn->form != NBD_SIMPLE ? command->chunk_flags : 0;
+	allowed |= conn->form == NBD_EXTENDED ? command->extended_flags : 0;
+	if (request->flags & ~allowed)
+		return refusal(NBD_EINVAL, "a flag is set that the command does not have");
+	if (request->type == NBD_CMD_WRITE && conn->form == NBD_EXTENDED &&
+		!(request->flags & NBD_CMD_FLAG_PAYLOAD_LEN))
+		return refusal(NBD_EINVAL, "a write without its payload length flag");
+	if (request->type == NBD_CMD_BLOCK_STATUS && !conn->allocation)
+		return refusal(NBD_EINVAL, "no metadata context was selected for block status");
+	return refusal(NBD_SUCCESS, NULL);
+}
+
+/* "Error values": too long a read can be told as such where chunks are, a hint anywhere. */
+static enum nbd_error too_long(const struct nbd_conn *conn, const struct nbd_request *request)
+{
+	if (request->type == NBD_CMD_CACHE)
+		return NBD_EOVERFLOW;
+	return request->type == NBD_CMD_READ && conn->form != NBD_SIMPLE ? NBD_EOVERFLOW
+									 : NBD_EINVAL;
+}
+
+struct nbd_refusal nbd_request_check(const struct nbd_conn *conn, const struct nbd_request *request)
 {
 	uint64_t size = blk_caps(conn->export->blk)->size;
-	bool has_payload = request->type == NBD_CMD_READ || request->type == NBD_CMD_WRITE;
 
 	if (request->type >= ARRAY_LEN(commands) || !commands[request->type].known)
-		return NBD_EINVAL;
+		return refusal(NBD_EINVAL, "unknown command");
 	const struct command *command = &commands[request->type];
-	if (request->flags & ~command->flags)
-		return NBD_EINVAL;
+	struct nbd_refusal wrong = check_flags(conn, request, command);
+	if (wrong.error)
+		return wrong;
+	if (!command->has_range && (request->off || request->len))
+		return refusal(NBD_EINVAL, "the command has neither offset nor length");
 	if (!command->has_range)
-		return request->off || request->len ? NBD_EINVAL : NBD_SUCCESS;
-	if (has_payload && request->len > BLK_REQUEST_MAX)
-		return NBD_EINVAL;
+		return wrong;
+	if (command->max_len && request->len > command->max_len)
+		return refusal(too_long(conn, request), "longer than 32 MiB");
+	if (request->type == NBD_CMD_BLOCK_STATUS && !request->len)
+		return refusal(NBD_EINVAL, "a block status needs a length");
 	if (command->writes && conn->read_only)
-		return NBD_EPERM;
+		return refusal(NBD_EPERM, "the export is read-only");
 	if (!range_ok(request->off, request->len, size))
-		return command->beyond_end;
-	return NBD_SUCCESS;
+		return refusal(command->beyond_end, "beyond the end of the export");
+	return wrong;
+}
+
+uint32_t nbd_request_buffer_bytes(const struct nbd_request *request)
+{
+	switch (request->type) {
+	case NBD_CMD_READ:
+		return (uint32_t)request->len;
+	case NBD_CMD_CACHE:
+		return (uint32_t)MIN(request->len, (uint64_t)CACHE_PIECE_BYTES);
+	case NBD_CMD_BLOCK_STATUS:
+		return NBD_STATUS_BUFFER_BYTES;
+	default:
+		return 0;
+	}
 }
 
 static enum nbd_error error_of(const struct nbd_request *request, int ret)
@@ -93,16 +165,11 @@ static enum nbd_error error_of(const struct nbd_request *request, int ret)
 	}
 }
 
-static suspends int run_read(struct nbd_request *request)
+struct nbd_refusal nbd_refusal_of(const struct nbd_request *request, int ret)
 {
-	request->payload = nbd_buffer_get(request->conn, request->len);
-	if (!request->payload)
-		return -ENOMEM;
-	int ret = blk_read(
-		request->conn->export->blk, request->off, request->payload, request->len);
-	if (ret)
-		nbd_payload_put(request); /* an error comes without data: "Simple reply message" */
-	return ret;
+	const char *text = ret == -ESHUTDOWN ? "the disk is gone" : strerrordesc_np(-ret);
+
+	return refusal(error_of(request, ret), text ? text : "unknown error");
 }
 
 static suspends int run_write(struct nbd_request *request, unsigned flags)
@@ -114,40 +181,79 @@ static suspends int run_write(struct nbd_request *request, unsigned flags)
 	return ret;
 }
 
+/* Reads into nothing: whatever the layers keep of what they read is at hand then. */
+static suspends int run_cache(struct nbd_request *request)
+{
+	uint32_t piece_bytes = nbd_request_buffer_bytes(request);
+	int ret = 0;
+
+	if (!piece_bytes)
+		return 0;
+	if (!nbd_payload_get(request, piece_bytes))
+		return -ENOMEM;
+	for (uint64_t done = 0; done < request->len && !ret; done += piece_bytes)
+		ret = blk_read(request->conn->export->blk, request->off + done, request->payload,
+			MIN(request->len - done, (uint64_t)piece_bytes));
+	nbd_payload_put(request);
+	return ret;
+}
+
+/* What has no data in its reply. */
+static suspends int run_plain(struct nbd_request *request)
+{
+	unsigned flags = request->flags & NBD_CMD_FLAG_FUA ? BLK_FUA : 0;
+	struct blk *blk = request->conn->export->blk;
+
+	switch (request->type) {
+	case NBD_CMD_WRITE:
+		return run_write(request, flags);
+	case NBD_CMD_FLUSH:
+		return blk_flush(blk);
+	case NBD_CMD_TRIM:
+		return blk_discard(blk, request->off, request->len, flags);
+	case NBD_CMD_CACHE:
+		return run_cache(request);
+	case NBD_CMD_WRITE_ZEROES:
+		flags |= request->flags & NBD_CMD_FLAG_NO_HOLE ? BLK_NO_HOLE : 0;
+		flags |= request->flags & NBD_CMD_FLAG_FAST_ZERO ? BLK_FAST_ZERO : 0;
+		return blk_zero(blk, request->off, request->len, flags);
+	default:
+		return -EINVAL;
+	}
+}
+
 static suspends void run(void *arg)
 {
 	struct nbd_request *request = arg;
 	struct nbd_counters *counters = &request->conn->counters;
-	struct blk *blk = request->conn->export->blk;
-	unsigned flags = request->flags & NBD_CMD_FLAG_FUA ? BLK_FUA : 0;
-	int ret = -EINVAL;
+	enum nbd_counter counter = commands[request->type].counter;
+	int ret;
 
-	switch (request->type) {
-	case NBD_CMD_READ:
-		ret = request->len ? run_read(request) : 0;
-		break;
-	case NBD_CMD_WRITE:
-		ret = run_write(request, flags);
-		break;
-	case NBD_CMD_FLUSH:
-		ret = blk_flush(blk);
-		break;
-	case NBD_CMD_TRIM:
-		ret = blk_discard(blk, request->off, request->len, flags);
-		break;
-	case NBD_CMD_WRITE_ZEROES:
-		flags |= request->flags & NBD_CMD_FLAG_NO_HOLE ? BLK_NO_HOLE : 0;
-		flags |= request->flags & NBD_CMD_FLAG_FAST_ZERO ? BLK_FAST_ZERO : 0;
-		ret = blk_zero(blk, request->off, request->len, flags);
-		break;
+	if (request->type == NBD_CMD_READ) {
+		ret = nbd_read(request);
+	} else if (request->type == NBD_CMD_BLOCK_STATUS) {
+		ret = nbd_status(request);
+	} else {
+		ret = run_plain(request);
+		if (ret)
+			nbd_form_error(request, nbd_refusal_of(request, ret), NULL);
+		else
+			nbd_form_success(request);
 	}
-	counters->requests[commands[request->type].counter]++;
-	if (!ret)
-		counters->bytes[commands[request->type].counter] += request->len;
-	nbd_reply(request, error_of(request, ret));
+	counters->requests[counter]++;
+	counters->bytes[counter] += ret ? 0 : request->len;
+	counters->errors += ret != 0;
+	nbd_reply(request);
 }
 
 void nbd_request_start(struct nbd_request *request)
 {
 	co_start(run, request);
+}
+
+void nbd_refuse(struct nbd_request *request, struct nbd_refusal why)
+{
+	request->conn->counters.errors++;
+	nbd_form_error(request, why, NULL);
+	nbd_reply(request);
 }

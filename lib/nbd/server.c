@@ -66,19 +66,38 @@ suspends void nbd_withdraw(struct nbd_export *export, uint64_t grace_ns)
 	co_group_wait(&export->clients);
 }
 
-suspends void nbd_server_close(struct nbd_server *server)
+void nbd_server_stop(struct nbd_server *server)
 {
 	server->closing = true;
-	list_for_each (link, &server->handshakes)
+}
+
+struct cut {
+	struct timer timer;
+	struct nbd_server *server;
+};
+
+static void cut_handshakes(struct timer *timer)
+{
+	struct cut *cut = container_of(timer, struct cut, timer);
+
+	list_for_each (link, &cut->server->handshakes)
 		stream_cancel(&list_entry(link, struct nbd_handshake, link)->stream);
+}
+
+suspends void nbd_server_close(struct nbd_server *server, uint64_t grace_ns)
+{
+	struct cut cut = { .server = server };
+
+	nbd_server_stop(server);
+	timer_init(&cut.timer, cut_handshakes);
+	timer_arm(&cut.timer, reactor_now_ns() + grace_ns);
 	co_group_wait(&server->clients);
+	timer_cancel(&cut.timer);
 }
 
 struct serve_call {
 	struct nbd_export *export;
-	int fd;
-	const struct nbd_limits *limits;
-	const char *peer;
+	struct nbd_session session;
 	int ret;
 };
 
@@ -86,30 +105,35 @@ static suspends void serve(void *arg)
 {
 	struct serve_call *call = arg;
 
-	call->ret = nbd_serve(call->export, call->fd, call->limits, false, call->peer);
+	call->ret = nbd_serve(call->export, &call->session);
 }
 
-static suspends int handshake(struct nbd_server *server, int *fd, struct nbd_export **chosen)
+/* Fills in the session; chosen is NULL when there is none to serve. */
+static suspends int handshake(
+	struct nbd_server *server, struct nbd_session *session, struct nbd_export **chosen)
 {
 	struct nbd_handshake *handshake = calloc(1, sizeof(*handshake));
 
 	if (!handshake) {
-		close(*fd);
+		close(session->fd);
 		return -ENOMEM;
 	}
 	handshake->server = server;
 	handshake->deadline_ns = reactor_now_ns() + server->limits.handshake_ns;
-	int ret = stream_init(&handshake->stream, *fd);
+	int ret = stream_init(&handshake->stream, session->fd);
 	if (!ret) {
 		list_push_back(&server->handshakes, &handshake->link);
 		ret = nbd_handshake_run(handshake);
 		list_remove(&handshake->link);
 		*chosen = handshake->chosen;
+		session->form = handshake->form;
+		session->allocation = *chosen && nbd_meta_selected(handshake, *chosen);
 		if (*chosen)
-			*fd = stream_release(&handshake->stream);
+			session->fd = stream_release(&handshake->stream);
 		else
 			stream_fini(&handshake->stream);
 	}
+	nbd_meta_forget(handshake);
 	free(handshake->replies);
 	free(handshake);
 	return ret;
@@ -124,10 +148,12 @@ suspends int nbd_client(struct nbd_server *server, int fd, const char *peer)
 		return -ESHUTDOWN;
 	}
 	co_group_enter(&server->clients);
-	int ret = handshake(server, &fd, &export);
+	struct serve_call call = {
+		.session = { .fd = fd, .limits = &server->limits, .peer = peer },
+	};
+	int ret = handshake(server, &call.session, &export);
 	if (export) {
-		struct serve_call call = { export, fd, &server->limits, peer, 0 };
-
+		call.export = export;
 		co_call_on(export->home, serve, &call);
 		ret = call.ret;
 		co_group_leave(&export->clients);

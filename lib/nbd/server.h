@@ -46,6 +46,8 @@ enum nbd_counter {
 	NBD_COUNT_FLUSH,
 	NBD_COUNT_TRIM,
 	NBD_COUNT_ZERO,
+	NBD_COUNT_CACHE,
+	NBD_COUNT_BLOCK_STATUS,
 	NBD_COUNTERS
 };
 
@@ -95,9 +97,28 @@ uint16_t nbd_export_flags(const struct nbd_export *export);
 /* Home reactor. {"connections": n, "requests": {"read": {"requests", "bytes"}, ...}, "errors", "clients": [...]} */
 json_t *nbd_export_status(struct nbd_export *export);
 
-/* Home reactor. Serves until the client leaves. limits outlive the call; read_only: also when the export is not. 0, or -errno when that was not at a boundary between requests. */
-suspends int nbd_serve(struct nbd_export *export, int fd, const struct nbd_limits *limits,
-	bool read_only, const char *peer);
+/* What requests and replies look like, by what the client asked for in its handshake. */
+enum nbd_form {
+	NBD_SIMPLE,     /* as every client can: simple replies */
+	NBD_STRUCTURED, /* NBD_OPT_STRUCTURED_REPLY: replies in chunks */
+	NBD_EXTENDED,   /* NBD_OPT_EXTENDED_HEADERS: and 64-bit lengths both ways */
+};
+
+/* A connection on its way into transmission. */
+struct nbd_session {
+	int fd; /* connected; nbd_serve() takes it over */
+	const struct nbd_limits *limits;
+	const char *peer; /* who it is, for status and log */
+	bool read_only;   /* also when the export is not */
+	enum nbd_form form;
+	bool allocation; /* the metadata context base:allocation was selected */
+};
+
+/*
+ * Home reactor. Serves until the client leaves. limits outlive the call, peer need not. 0, or -errno when
+ * that was not at a boundary between requests.
+ */
+suspends int nbd_serve(struct nbd_export *export, const struct nbd_session *session);
 
 /* --- a server: what the clients of all listeners can choose from ------------------------------ */
 
@@ -106,7 +127,7 @@ struct nbd_server {
 	struct list exports;     /* of struct nbd_export; the first one is the default export */
 	struct list handshakes;  /* under way */
 	struct co_group clients; /* nbd_client() calls */
-	bool closing;            /* nbd_client() refuses with -ESHUTDOWN */
+	bool closing;            /* nbd_client() refuses with -ESHUTDOWN, options are refused */
 };
 
 /* Everything below is called on one reactor, the server's. */
@@ -118,11 +139,14 @@ int nbd_publish(struct nbd_server *server, struct nbd_export *export, struct err
 /* Hides it from new clients, then nbd_export_close(). Harmless when it was never published. */
 suspends void nbd_withdraw(struct nbd_export *export, uint64_t grace_ns);
 
+/* From now on every option is answered with NBD_REP_ERR_SHUTDOWN. Connections in transmission go on. */
+void nbd_server_stop(struct nbd_server *server);
+
 /*
- * For the end: nothing accepts clients any more, and every export was withdrawn. Ends the handshakes
- * that are left and returns when no nbd_client() runs.
+ * For the end: nothing accepts clients any more, and every export was withdrawn. Gives the handshakes
+ * that are left grace_ns to take the hint, ends them, and returns when no nbd_client() runs.
  */
-suspends void nbd_server_close(struct nbd_server *server);
+suspends void nbd_server_close(struct nbd_server *server, uint64_t grace_ns);
 
 /* Takes fd over. peer: who it is, for status and log, e.g. "127.0.0.1:40312". 0 or -errno as nbd_serve(). */
 suspends int nbd_client(struct nbd_server *server, int fd, const char *peer);

@@ -40,8 +40,10 @@ static suspends void serve(void *arg)
 	if (session->mode & MODE_HANDSHAKE)
 		nbd_client(&session->server, session->server_fd, "fuzzer");
 	else
-		nbd_serve(&session->export, session->server_fd, &session->server.limits,
-			session->mode & MODE_READ_ONLY, "fuzzer");
+		nbd_serve(&session->export, &(const struct nbd_session){ .fd = session->server_fd,
+						    .limits = &session->server.limits,
+						    .peer = "fuzzer",
+						    .read_only = session->mode & MODE_READ_ONLY });
 }
 
 static suspends void send_input(void *arg)
@@ -100,7 +102,7 @@ static suspends void run(void *arg)
 
 	stream_fini(&session->client);
 	nbd_withdraw(&session->export, 0);
-	nbd_server_close(&session->server);
+	nbd_server_close(&session->server, 0);
 	stack_close(top);
 	blk_env_fini(&env);
 	conf_free(stack);

@@ -143,7 +143,7 @@ static suspends void rig_close(void *arg)
 
 	for (int i = 0; i < RIG_EXPORTS; i++)
 		nbd_withdraw(&rig->exports[i].nbd, 0);
-	nbd_server_close(&rig->server);
+	nbd_server_close(&rig->server, 0);
 	co_group_wait(&rig->clients);
 	for (int i = 0; i < RIG_EXPORTS; i++) {
 		co_call_on(rig->exports[i].nbd.home, rig_close_disk, &rig->exports[i]);
@@ -186,8 +186,7 @@ static inline void rig_stop(struct rig *rig)
 struct rig_client {
 	struct rig *rig;
 	struct nbd_export *export; /* NULL: handshake first */
-	bool read_only;
-	int fd;
+	struct nbd_session session;
 };
 
 static suspends void rig_client_run(void *arg)
@@ -195,9 +194,8 @@ static suspends void rig_client_run(void *arg)
 	struct rig_client client = *(struct rig_client *)arg;
 	struct rig *rig = client.rig;
 
-	rig->last_ret = client.export ? nbd_serve(client.export, client.fd, &rig->limits,
-						client.read_only, "test")
-				      : nbd_client(&rig->server, client.fd, "test");
+	rig->last_ret = client.export ? nbd_serve(client.export, &client.session)
+				      : nbd_client(&rig->server, client.session.fd, "test");
 }
 
 static suspends void rig_client_start(void *arg)
@@ -207,15 +205,23 @@ static suspends void rig_client_start(void *arg)
 	co_group_start(&client->rig->clients, rig_client_run, client);
 }
 
-static inline int rig_connect_to(struct rig *rig, struct nbd_export *export, bool read_only)
+static inline int rig_connect_as(
+	struct rig *rig, struct nbd_export *export, struct nbd_session session)
 {
-	struct rig_client client = { .rig = rig, .export = export, .read_only = read_only };
+	struct rig_client client = { .rig = rig, .export = export, .session = session };
 	int fds[2];
 
 	ck_assert_int_eq(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds), 0);
-	client.fd = fds[1];
+	client.session.fd = fds[1];
+	client.session.limits = &rig->limits;
+	client.session.peer = "test";
 	rig_run(rig, rig_client_start, &client);
 	return fds[0];
+}
+
+static inline int rig_connect_to(struct rig *rig, struct nbd_export *export, bool read_only)
+{
+	return rig_connect_as(rig, export, (struct nbd_session){ .read_only = read_only });
 }
 
 /* A client before its handshake. */

@@ -54,9 +54,10 @@ static void expect_info_export(int fd, uint32_t option, uint64_t size, unsigned 
 	ck_assert_uint_eq(be16_get(info.flags), flags);
 }
 
-#define FLAGS_WRITABLE                                                                       \
-	(NBD_FLAG_HAS_FLAGS | NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA | NBD_FLAG_SEND_TRIM | \
-		NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO | NBD_FLAG_CAN_MULTI_CONN)
+#define FLAGS_WRITABLE                                                                           \
+	(NBD_FLAG_HAS_FLAGS | NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA | NBD_FLAG_SEND_TRIM |     \
+		NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO | NBD_FLAG_CAN_MULTI_CONN | \
+		NBD_FLAG_SEND_CACHE)
 
 /* --- what goes well --------------------------------------------------------------------------- */
 
@@ -186,7 +187,7 @@ END_TEST
 
 START_TEST(test_unknown_options)
 {
-	const uint32_t unknown[] = { 0, 4, 5, 8, 9, 10, 11, 12, 0x7fffffff, 0xffffffff };
+	const uint32_t unknown[] = { 0, 4, 5, 12, 0x7fffffff, 0xffffffff };
 	int fd = greeted();
 
 	for (size_t i = 0; i < ARRAY_LEN(unknown); i++) {
@@ -290,7 +291,7 @@ START_TEST(test_read_only_flags)
 	rig_option(fd, NBD_OPT_GO, data, rig_info_data(data, "second", NULL, 0));
 	expect_info_export(fd, NBD_OPT_GO, (uint64_t)RIG_SIZE * 2,
 		NBD_FLAG_HAS_FLAGS | NBD_FLAG_READ_ONLY | NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA |
-			NBD_FLAG_CAN_MULTI_CONN);
+			NBD_FLAG_CAN_MULTI_CONN | NBD_FLAG_SEND_CACHE);
 	ck_assert_uint_eq(rig_option_reply(fd, NBD_OPT_GO, NULL, 0, NULL), NBD_REP_ACK);
 	ck_assert_uint_eq(rig_command(fd, NBD_CMD_WRITE, 0, 0, 3, "abc"), NBD_EPERM);
 	rig_disconnect(fd);
@@ -472,7 +473,7 @@ END_TEST
 
 static suspends void close_server(void *arg)
 {
-	nbd_server_close(&rig.server);
+	nbd_server_close(&rig.server, 0);
 }
 
 /* With a deadline that does not help. */

@@ -228,6 +228,7 @@ static suspends int open_image(struct qcow *q, struct err *err)
 	caps->discard = true;
 	caps->grows = true;
 	caps->multi_reactor = false;
+	caps->maps_cheaply = !q->backing || blk_caps(q->backing)->maps_cheaply;
 	return 0;
 }
 
