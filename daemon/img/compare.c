@@ -23,6 +23,7 @@ typedef unsigned long long ull;
 struct side {
 	struct img *img;
 	struct blk *disk;
+	struct img_mapped mapped;
 	uint64_t size;
 	uint8_t *data;
 	uint64_t off;
@@ -34,7 +35,6 @@ struct side {
 static suspends void fill(void *arg)
 {
 	struct side *side = arg;
-	uint64_t mapped = side->off, end = side->off + side->len;
 	size_t inside = side->off < side->size
 				? (size_t)MIN((uint64_t)side->len, side->size - side->off)
 				: 0;
@@ -43,7 +43,8 @@ static suspends void fill(void *arg)
 	side->zero = true;
 	if (!inside)
 		return;
-	if (!blk_seek_mapped(side->disk, side->off, &mapped) && mapped >= MIN(end, side->size))
+	side->mapped.disk = side->disk;
+	if (!img_mapped_find(&side->mapped, side->off) && side->mapped.start >= side->off + inside)
 		return;
 	side->zero = false;
 	memset(side->data + inside, 0, side->len - inside);

@@ -56,6 +56,7 @@ struct convert {
 	struct img *img;
 	struct blk *source; /* NULL: standard input */
 	struct blk *target;
+	struct img_mapped mapped; /* of the source */
 	bool to_qcow, compress;
 	int level;
 	struct qcow_create_options create;
@@ -203,12 +204,11 @@ static suspends int write_job(struct convert *convert, struct job *job)
 /* The next chunk that may hold data, from off on; false at the end. */
 static suspends bool next_chunk(struct convert *convert, uint64_t *off)
 {
-	uint64_t found;
-
 	if (*off >= convert->size)
 		return false;
-	if (convert->source && !blk_seek_mapped(convert->source, *off, &found))
-		*off = MAX(*off, round_down(found, CHUNK));
+	if (convert->source && *off < blk_caps(convert->source)->size &&
+		!img_mapped_find(&convert->mapped, *off))
+		*off = MAX(*off, round_down(convert->mapped.start, CHUNK));
 	return *off < convert->size;
 }
 
@@ -365,6 +365,7 @@ static suspends enum img_exit run(struct img *img)
 		ret = err_set(&img->err, EINVAL, "only raw disks can be read from a pipe");
 	if (!ret && convert->source)
 		convert->size = round_up(blk_caps(convert->source)->size, SECTOR);
+	convert->mapped.disk = convert->source;
 	convert->create.size = convert->source ? convert->size : 0;
 	if (!ret && convert->to_qcow)
 		ret = qcow_create_check(&convert->create, &img->err);

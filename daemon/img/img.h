@@ -98,6 +98,17 @@ suspends int img_probe(struct img *img, struct blk *file, enum img_format *forma
 suspends int img_open_disk(struct img *img, const char *path, int format, bool read_only,
 	struct blk **disk, enum img_format *found);
 
+/*
+ * The next stretch [start, end) of a disk that may hold data, remembered, for going through it once. Zeroed but for
+ * disk to begin with.
+ */
+struct img_mapped {
+	struct blk *disk;
+	uint64_t start, end;
+};
+/* The first at or after off, which grows from call to call; start is the disk's size when there is none. */
+suspends int img_mapped_find(struct img_mapped *mapped, uint64_t off);
+
 /* Where the name of a backing file inside the image at `image` leads, by the same rules; the caller's to free. */
 suspends int img_resolve_backing(struct img *img, const char *image, const char *name, char **path);
 

@@ -223,17 +223,17 @@ static suspends int sparsify(struct img *img, struct blk *disk, uint64_t *freed)
 	CLEANUP(free) uint8_t *data = malloc(CHUNK);
 	uint64_t size = blk_caps(disk)->size;
 	size_t grain = MAX(blk_caps(disk)->preferred_size, GRAIN_MIN);
+	struct img_mapped mapped = { .disk = disk };
 	struct img_progress progress;
 	int ret = data ? 0 : -ENOMEM;
 
 	img_progress_init(&progress, img, "looking for zeroes");
 	for (uint64_t off = 0, end = 0; off < size && !ret; off = end) {
-		ret = blk_seek_mapped(disk, off, &off);
-		if (!ret && off < size)
-			ret = blk_seek_unmapped(disk, off, &end);
+		ret = img_mapped_find(&mapped, off);
+		off = mapped.start;
 		if (ret || off >= size)
 			break;
-		end = MIN(end, off + CHUNK);
+		end = MIN(mapped.end, off + CHUNK);
 		ret = blk_read(disk, off, data, (size_t)(end - off));
 		if (!ret)
 			ret = sparsify_chunk(

@@ -178,3 +178,18 @@ suspends int img_open_disk(struct img *img, const char *path, int format, bool r
 	ret = stack_open(stack, &img->env, read_only, disk, &img->err);
 	return ret ? err_wrap(&img->err, "\"%s\"", path) : 0;
 }
+
+suspends int img_mapped_find(struct img_mapped *mapped, uint64_t off)
+{
+	int ret;
+
+	if (off < mapped->end) {
+		mapped->start = MAX(mapped->start, off);
+		return 0;
+	}
+	ret = blk_seek_mapped(mapped->disk, off, &mapped->start);
+	mapped->end = mapped->start;
+	if (!ret && mapped->start < blk_caps(mapped->disk)->size)
+		ret = blk_seek_unmapped(mapped->disk, mapped->start, &mapped->end);
+	return ret;
+}
