@@ -305,6 +305,60 @@ static const struct varlink_method methods[] = {
 				{},
 			},
 		.fn = control_mirror_verify },
+	{ "Compact", .needs_authority = true,
+		.params =
+			(const struct varlink_param[]){
+				{ "export", VARLINK_STRING },
+				{ "rate", VARLINK_SIZE, .optional = true },
+				{},
+			},
+		.fn = control_compact },
+	{ "CancelCompact", .needs_authority = true,
+		.params =
+			(const struct varlink_param[]){
+				{ "export", VARLINK_STRING },
+				{},
+			},
+		.fn = control_cancel_compact },
+	{ "Check", .needs_authority = true,
+		.params =
+			(const struct varlink_param[]){
+				{ "export", VARLINK_STRING },
+				{},
+			},
+		.fn = control_check },
+	{ "Snapshots",
+		.params =
+			(const struct varlink_param[]){
+				{ "export", VARLINK_STRING },
+				{},
+			},
+		.fn = control_snapshots },
+	{ "CreateSnapshot", .needs_authority = true,
+		.params =
+			(const struct varlink_param[]){
+				{ "export", VARLINK_STRING },
+				{ "name", VARLINK_STRING },
+				{},
+			},
+		.fn = control_create_snapshot },
+	{ "ApplySnapshot", .needs_authority = true,
+		.params =
+			(const struct varlink_param[]){
+				{ "export", VARLINK_STRING },
+				{ "name", VARLINK_STRING },
+				{ "force", VARLINK_BOOL, .optional = true },
+				{},
+			},
+		.fn = control_apply_snapshot },
+	{ "DeleteSnapshot", .needs_authority = true,
+		.params =
+			(const struct varlink_param[]){
+				{ "export", VARLINK_STRING },
+				{ "name", VARLINK_STRING },
+				{},
+			},
+		.fn = control_delete_snapshot },
 	{ "Shutdown", .needs_authority = true, .fn = shut_down },
 	{},
 };

@@ -1,5 +1,5 @@
 /*
- * What control.c, control-status.c and control-mirror.c share.
+ * What control.c, control-status.c, control-mirror.c and control-qcow.c share.
  */
 #pragma once
 
@@ -51,3 +51,12 @@ suspends void control_mirror_rate(struct varlink_call *call);
 suspends void control_mirror_cancel(struct varlink_call *call);
 suspends void control_mirror_promote(struct varlink_call *call);
 suspends void control_mirror_verify(struct varlink_call *call);
+
+/* Exports with a qcow layer; in control-qcow.c. */
+suspends void control_compact(struct varlink_call *call);
+suspends void control_cancel_compact(struct varlink_call *call);
+suspends void control_check(struct varlink_call *call);
+suspends void control_snapshots(struct varlink_call *call);
+suspends void control_create_snapshot(struct varlink_call *call);
+suspends void control_apply_snapshot(struct varlink_call *call);
+suspends void control_delete_snapshot(struct varlink_call *call);

@@ -3,7 +3,8 @@
 
 _blkstackctl() {
 	local word=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD - 1]}
-	local commands="list status resize flush discard attach detach mirror shutdown call version"
+	local commands="list status resize flush discard attach detach mirror compact check snapshot"
+	commands+=" shutdown call version"
 	local socket=() operands=() i
 
 	# What stands on the line already: the command, its operands, and another socket.
@@ -13,6 +14,7 @@ _blkstackctl() {
 			[[ ${COMP_WORDS[i + 1]} == "=" ]] && ((i++)) # bash makes three words of --socket=PATH
 			socket=(--socket "${COMP_WORDS[++i]}")
 			;;
+		-r | --rate) ((i++)) ;;
 		-[a-zA-Z-]*) ;;
 		*) operands+=("${COMP_WORDS[i]}") ;;
 		esac
@@ -35,6 +37,8 @@ _blkstackctl() {
 			promote) candidates+=" --force --keep" ;;
 			esac
 			;;
+		compact) candidates+=" --rate --cancel --more" ;;
+		snapshot) [[ ${operands[1]:-} == apply ]] && candidates+=" --force" ;;
 		call) candidates+=" --more" ;;
 		"") candidates+=" --version" ;;
 		esac
@@ -42,17 +46,20 @@ _blkstackctl() {
 		candidates=$commands
 	elif ((${#operands[@]} == 1)); then
 		case ${operands[0]} in
-		status | resize | flush | discard | attach | detach)
+		status | resize | flush | discard | attach | detach | compact | check)
 			candidates=$(blkstackctl "${socket[@]}" list 2>/dev/null | awk 'NR > 1 { print $1 }')
 			;;
 		mirror) candidates="start status wait pause resume rate promote cancel verify" ;;
+		snapshot) candidates="list create apply delete" ;;
 		call)
 			candidates="Info List Status Resize Flush Discard Attach Detach Shutdown"
 			candidates+=" MirrorStart MirrorStatus MirrorWait MirrorPause MirrorResume MirrorRate"
 			candidates+=" MirrorCancel MirrorPromote MirrorVerify"
+			candidates+=" Compact CancelCompact Check Snapshots CreateSnapshot ApplySnapshot"
+			candidates+=" DeleteSnapshot"
 			;;
 		esac
-	elif ((${#operands[@]} == 2)) && [[ ${operands[0]} == mirror ]]; then
+	elif ((${#operands[@]} == 2)) && [[ ${operands[0]} == @(mirror|snapshot) ]]; then
 		candidates=$(blkstackctl "${socket[@]}" list 2>/dev/null | awk 'NR > 1 { print $1 }')
 	elif ((${#operands[@]} == 2)) && [[ ${operands[0]} == attach ]]; then
 		candidates="auto $(compgen -G '/dev/nbd*')"

@@ -293,8 +293,23 @@ const struct ctl_command ctl_commands[] = {
 		"its users\n"
 		"get errors from then on.\n",
 		run_detach },
-	{ "mirror", "ACTION EXPORT [RATE]", 2, 3, CTL_FORCE | CTL_MIRROR,
+	{ "mirror", "ACTION EXPORT [RATE]", 2, 3, CTL_FORCE | CTL_RATE | CTL_MIRROR,
 		"copy an export in use to another disk", ctl_mirror_help, ctl_mirror_run },
+	{ "compact", "EXPORT", 1, 1, CTL_RATE | CTL_CANCEL | CTL_MORE,
+		"make the file of a qcow image smaller",
+		"Moves what lies at its end into free clusters further down, while guests go on, "
+		"and cuts\n"
+		"the file. It goes on when this command is ended: --cancel ends it.\n",
+		ctl_compact },
+	{ "check", "EXPORT", 1, 1, 0, "look for errors in a qcow image in use",
+		"Requests wait meanwhile. Exit status 1 when the image is damaged; leaks are no "
+		"damage.\n",
+		ctl_check },
+	{ "snapshot", "VERB EXPORT [NAME]", 2, 3, CTL_FORCE, "internal snapshots of a qcow image",
+		"VERB is list, create, apply or delete. To apply a snapshot puts back the disk as "
+		"it was,\n"
+		"and loses what is on it: not while it is in use, but with --force.\n",
+		ctl_snapshot },
 	{ "shutdown", "", 0, 0, 0, "end the daemon, and wait until it has ended", NULL,
 		run_shutdown },
 	{ "call", "METHOD [JSON]", 1, 2, CTL_MORE, "call any method of the control interface",

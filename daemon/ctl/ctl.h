@@ -5,6 +5,7 @@
  *	client.c	the connection to the daemon, calls and their errors
  *	commands.c	one function per command
  *	mirror.c	the command "mirror", which has several of its own
+ *	qcow.c		the commands for exports with a qcow layer
  *	show.c		tables for people
  */
 #pragma once
@@ -30,21 +31,28 @@ enum ctl_exit {
 /* Options of the command "mirror" alone. */
 struct ctl_mirror {
 	const char *given; /* the first one, NULL: none */
-	const char *to, *rate, *intent_log;
+	const char *to, *intent_log;
 	bool overwrite, paused, keep;
 };
 
 struct ctl {
 	const struct ctl_command *command;
 	const char *socket_path;
-	bool json, force, more; /* options */
+	bool json, force, more, cancel; /* options */
+	uint64_t rate_bytes_s;          /* 0: no limit */
 	struct ctl_mirror mirror;
 	int fd;       /* -1 until the first call */
 	char *buffer; /* received, not yet looked at */
 	size_t used_bytes, size_bytes;
 };
 
-enum ctl_option { CTL_FORCE = 1 << 0, CTL_MORE = 1 << 1, CTL_MIRROR = 1 << 2 };
+enum ctl_option {
+	CTL_FORCE = 1 << 0,
+	CTL_MORE = 1 << 1,
+	CTL_RATE = 1 << 2,
+	CTL_CANCEL = 1 << 3,
+	CTL_MIRROR = 1 << 4,
+};
 
 struct ctl_command {
 	const char *name;
@@ -89,6 +97,12 @@ enum ctl_exit ctl_send(struct ctl *ctl, const char *method, json_t *parameters, 
 enum ctl_exit ctl_receive(struct ctl *ctl, json_t **reply, bool *continues);
 
 void ctl_close(struct ctl *ctl);
+
+/* --- qcow.c ------------------------------------------------------------------------------------- */
+
+enum ctl_exit ctl_compact(struct ctl *ctl, const char **operands, int operand_count);
+enum ctl_exit ctl_check(struct ctl *ctl, const char **operands, int operand_count);
+enum ctl_exit ctl_snapshot(struct ctl *ctl, const char **operands, int operand_count);
 
 /* --- show.c ----------------------------------------------------------------------------------- */
 

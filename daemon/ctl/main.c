@@ -17,7 +17,8 @@
 struct command_line {
 	const char *operands[OPERANDS_MAX];
 	int operand_count;
-	bool help, version, force, more;
+	bool help, version, force, more, cancel;
+	const char *rate;
 };
 
 enum ctl_exit ctl_fail(enum ctl_exit status, const char *fmt, ...)
@@ -59,16 +60,22 @@ static void show_help(void)
 
 static void show_command_help(const struct ctl_command *command)
 {
-	printf("Usage: blkstackctl %s%s%s%s%s\n%c%s.\n%s%s\nOptions:\n", command->name,
+	printf("Usage: blkstackctl %s%s%s%s%s%s%s\n%c%s.\n%s%s\nOptions:\n", command->name,
 		*command->operands ? " " : "", command->operands,
 		command->options & CTL_FORCE ? " [--force]" : "",
-		command->options & CTL_MORE ? " [--more]" : "", toupper(command->summary[0]),
+		command->options & CTL_MORE ? " [--more]" : "",
+		command->options & CTL_RATE ? " [--rate BYTES]" : "",
+		command->options & CTL_CANCEL ? " [--cancel]" : "", toupper(command->summary[0]),
 		command->summary + 1, command->help ? "\n" : "",
 		command->help ? command->help : "");
 	if (command->options & CTL_FORCE)
 		puts("  -f, --force         do it although something may be lost");
 	if (command->options & CTL_MORE)
 		puts("  -m, --more          ask for progress");
+	if (command->options & CTL_RATE)
+		puts("  -r, --rate BYTES    move at most so much per second, like 50M");
+	if (command->options & CTL_CANCEL)
+		puts("  -c, --cancel        end the one that runs");
 	fputs(options_help, stdout);
 }
 
@@ -111,7 +118,13 @@ static enum ctl_exit parse_option(struct ctl *ctl, struct command_line *line, ch
 		line->force = true;
 	else if (is_option(word, "-m", "--more"))
 		line->more = true;
-	else if (is_option(word, "-s", "--socket") || !strncmp(word, "--socket=", 9))
+	else if (is_option(word, "-c", "--cancel"))
+		line->cancel = true;
+	else if (is_option(word, "-r", "--rate") || !strncmp(word, "--rate=", 7)) {
+		line->rate = option_argument(word, words);
+		if (!line->rate)
+			return ctl_fail(CTL_USAGE, "%s needs bytes per second, like 50M", word);
+	} else if (is_option(word, "-s", "--socket") || !strncmp(word, "--socket=", 9))
 		ctl->socket_path = option_argument(word, words);
 	else
 		return ctl_fail(CTL_USAGE, "unknown option %s (see blkstackctl --help)", word);
@@ -165,6 +178,10 @@ static enum ctl_exit check_usage(const struct ctl_command *command, const struct
 		return ctl_fail(CTL_USAGE, "%s knows no --more", command->name);
 	if (mirror_option && !(command->options & CTL_MIRROR))
 		return ctl_fail(CTL_USAGE, "%s knows no %s", command->name, mirror_option);
+	if (line->cancel && !(command->options & CTL_CANCEL))
+		return ctl_fail(CTL_USAGE, "%s knows no --cancel", command->name);
+	if (line->rate && !(command->options & CTL_RATE))
+		return ctl_fail(CTL_USAGE, "%s knows no --rate", command->name);
 	return CTL_OK;
 }
 
@@ -182,10 +199,13 @@ static enum ctl_exit run_command(struct ctl *ctl, struct command_line *line)
 		return CTL_OK;
 	}
 	enum ctl_exit status = check_usage(ctl->command, line, ctl->mirror.given);
+	if (!status && line->rate)
+		status = ctl_parse_size(line->rate, &ctl->rate_bytes_s);
 	if (status)
 		return status;
 	ctl->force = line->force;
 	ctl->more = line->more;
+	ctl->cancel = line->cancel;
 	return ctl->command->run(ctl, line->operands + 1, line->operand_count - 1);
 }
 

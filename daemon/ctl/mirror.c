@@ -28,7 +28,6 @@ const char ctl_mirror_help[] =
 	"  verify EXPORT              read and compare both, in use\n\n"
 	"      --to LAYERS         start: the secondary\n"
 	"      --overwrite         start: what the secondary holds may be destroyed\n"
-	"      --rate RATE         start: bytes per second for the copy\n"
 	"      --intent-log FILE   start: note what is being written, for after a crash\n"
 	"      --paused            start: copy nothing until it is resumed\n"
 	"      --keep              promote: go on mirroring, to the old primary\n";
@@ -43,7 +42,6 @@ enum ctl_exit ctl_mirror_option(struct ctl_mirror *options, char ***words, bool 
 		bool *flag;
 	} known[] = {
 		{ "--to", &options->to, NULL },
-		{ "--rate", &options->rate, NULL },
 		{ "--intent-log", &options->intent_log, NULL },
 		{ "--overwrite", NULL, &options->overwrite },
 		{ "--paused", NULL, &options->paused },
@@ -257,16 +255,13 @@ static enum ctl_exit call(struct ctl *ctl, const char *method, json_t *parameter
 static enum ctl_exit run_start(struct ctl *ctl, const char *export)
 {
 	const struct ctl_mirror *options = &ctl->mirror;
-	uint64_t rate = 0;
 
 	if (!options->to)
 		return ctl_fail(CTL_USAGE, "mirror start: where to? Say --to 'LAYERS'");
-	if (options->rate && ctl_parse_size(options->rate, &rate))
-		return CTL_USAGE;
 	return call(ctl, "MirrorStart",
 		json_pack("{s:s, s:s, s:b, s:b, s:I, s:s*}", "export", export, "to", options->to,
 			"overwrite", options->overwrite, "paused", options->paused, "rate",
-			(json_int_t)rate, "intent_log", options->intent_log));
+			(json_int_t)ctl->rate_bytes_s, "intent_log", options->intent_log));
 }
 
 static enum ctl_exit run_status(struct ctl *ctl, const char *export)
