@@ -46,7 +46,7 @@ static const struct opt remote_options[] = {
 		.help = "folder with ca-cert.pem, client-cert.pem and client-key.pem" },
 	{ "tls-psk-file", OPT_STRING, OPT(tls_psk_file), .help = "file with pre-shared keys" },
 	{ "tls-verify", OPT_BOOL, OPT(tls_verify), "true",
-		.help = "check that the server's certificate is good for its name" },
+		.help = "check who signed the server's certificate, and for which name" },
 	{ 0 },
 };
 

@@ -393,7 +393,7 @@ static suspends int connect_again(struct remote_conn *conn, struct err *err)
 	int ret = remote_conn_connect(conn, err);
 
 	if (ret)
-		return ret;
+		return err_wrap(err, "no new connection");
 	ret = remote_read_terms(conn->handle, &terms, err);
 	if (!ret)
 		ret = remote_check_terms(remote, &terms, err);
