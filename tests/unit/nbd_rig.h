@@ -35,6 +35,9 @@
 #define RIG_WAIT_MS 20000
 #define RIG_EXPORTS 2
 #define RIG_SIZE    (8U << 20)
+#ifndef RIG_FIRST_SIZE /* of the first export; the second one has twice RIG_SIZE */
+#define RIG_FIRST_SIZE RIG_SIZE
+#endif
 
 struct rig_export {
 	struct nbd_export nbd;
@@ -128,8 +131,9 @@ static suspends void rig_open(void *arg)
 		struct reactor *home = i ? rig->second_reactor : rig->reactor;
 
 		export->env = &rig->env;
-		export->stack = conf_build("( %s { layer = 'memory'; size = %u; } )",
-			i ? "" : rig->upper_layers, RIG_SIZE << i);
+		export->stack = conf_build("( %s { layer = 'memory'; size = %llu; } )",
+			i ? "" : rig->upper_layers,
+			(unsigned long long)(i ? 2 * RIG_SIZE : RIG_FIRST_SIZE));
 		co_call_on(home, rig_open_disk, export);
 		nbd_export_init(&export->nbd, names[i], i ? NULL : "a disk of memory", export->top,
 			home, false);
