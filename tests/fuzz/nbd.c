@@ -1,8 +1,8 @@
 /*
  * Fuzzes the NBD server: an input is what one client sends.
  *
- * Its first byte says how: in which phase the connection starts, whether the export is read-only, and
- * in pieces of what size the rest is sent (so that requests arrive in halves). Then the client
+ * Its first byte says how: in which phase and with what negotiated the connection starts, whether the
+ * export is read-only, and in pieces of what size the rest is sent (so that requests arrive in halves). Then the client
  * closes its end, while it goes on reading until the server closes too. The server must come to an end
  * by itself; that it does not crash or leak is for the sanitizers to say.
  *
@@ -18,7 +18,13 @@
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
-enum { MODE_HANDSHAKE = 1, MODE_READ_ONLY = 2, MODE_PIECES_SHIFT = 2 };
+enum {
+	MODE_HANDSHAKE = 1,
+	MODE_READ_ONLY = 2,
+	MODE_STRUCTURED = 4,
+	MODE_EXTENDED = 8,
+	MODE_PIECES_SHIFT = 4
+};
 
 #define DISK_BYTES (1 << 20)
 
@@ -33,17 +39,29 @@ struct session {
 	struct co_group running;
 };
 
+static enum nbd_form form_of(unsigned mode)
+{
+	if (mode & MODE_EXTENDED)
+		return NBD_EXTENDED;
+	return mode & MODE_STRUCTURED ? NBD_STRUCTURED : NBD_SIMPLE;
+}
+
 static suspends void serve(void *arg)
 {
 	struct session *session = arg;
+	const struct nbd_session transmission = {
+		.fd = session->server_fd,
+		.limits = &session->server.limits,
+		.peer = "fuzzer",
+		.read_only = session->mode & MODE_READ_ONLY,
+		.form = form_of(session->mode),
+		.allocation = session->mode & (MODE_STRUCTURED | MODE_EXTENDED),
+	};
 
 	if (session->mode & MODE_HANDSHAKE)
 		nbd_client(&session->server, session->server_fd, "fuzzer");
 	else
-		nbd_serve(&session->export, &(const struct nbd_session){ .fd = session->server_fd,
-						    .limits = &session->server.limits,
-						    .peer = "fuzzer",
-						    .read_only = session->mode & MODE_READ_ONLY });
+		nbd_serve(&session->export, &transmission);
 }
 
 static suspends void send_input(void *arg)
