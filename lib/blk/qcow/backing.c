@@ -5,7 +5,8 @@
  * (`backing`, `data-file`), or lists folders that such names may lead to (`allow-backing`). Then the name is taken
  * relative to the image's folder and resolved beneath an allowed one by the kernel (openat2 with
  * RESOLVE_BENEATH: no "..", no symbolic link leads out), must be a regular file or block device, and has
- * the format the image states; nothing is ever probed.
+ * the format the image states; nothing is ever probed. A chain of images is followed as far as backing-depth
+ * allows, which also ends one that leads back to itself.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -162,6 +163,7 @@ static struct conf *stack_for(const struct qcow *q, const char *path, bool is_qc
 	if (is_qcow) {
 		group = conf_add(list, conf_new(CONF_GROUP, NULL, NULL));
 		conf_add(group, conf_new_string("layer", NULL, "qcow"));
+		conf_add(group, conf_new_int("backing-depth", NULL, q->opt_backing_depth - 1));
 		allowed = conf_add(group, conf_new(CONF_LIST, "allow-backing", NULL));
 		for (size_t i = 0; i < conf_strings_count(q->allow_backing_conf); i++)
 			conf_add(allowed, conf_new_string(NULL, NULL,
@@ -185,6 +187,11 @@ static suspends int open_named(struct qcow *q, const char *what, const char *opt
 			"or its "
 			"folder in allow-backing = [ \"/folder/\" ]",
 			name, what, option);
+	if (!q->opt_backing_depth)
+		return err_set(err, ELOOP,
+			"the chain of backing files is too deep, or leads back to itself: "
+			"backing-depth "
+			"says how deep it may be");
 	if (!format)
 		return err_set(err, EINVAL,
 			"the image does not state the format of its %s \"%s\": name the stack to "
@@ -208,6 +215,8 @@ static suspends int open_named(struct qcow *q, const char *what, const char *opt
 		q->blk.own_conf = conf_new(CONF_LIST, NULL, NULL);
 	conf_add(q->blk.own_conf, list);
 	ret = blk_open_child(&q->blk, list, read_only, child, err);
+	if (ret == -ELOOP)
+		return ret; /* all names on the way would leave no room for what is wrong */
 	return ret ? err_wrap(err, "%s \"%s\"", what, path) : 0;
 }
 

@@ -132,4 +132,5 @@ struct qcow_disk_snapshot_extra {
 #define QCOW_SNAPSHOT_TABLE_MAX_BYTES  (64U << 20)
 #define QCOW_SNAPSHOT_EXTRA_MAX_BYTES  1024
 #define QCOW_BACKING_NAME_MAX_BYTES    1023
+#define QCOW_BACKING_DEPTH_MAX         64 /* each level opens the next one on the same stack */
 #define QCOW_HOST_OFF_MAX              (UINT64_C(1) << 56)

@@ -30,6 +30,9 @@ static const struct opt qcow_options[] = {
 		.help = "the stack that is the image's external data file" },
 	{ "allow-backing", OPT_STRINGS, offsetof(struct qcow, allow_backing_conf),
 		.help = "folders in which files named inside the image may lie" },
+	{ "backing-depth", OPT_INT, offsetof(struct qcow, opt_backing_depth), .fallback = "32",
+		.max = QCOW_BACKING_DEPTH_MAX,
+		.help = "how many files that images name may follow each other" },
 	{ "cache", OPT_SIZE, offsetof(struct qcow, opt_cache_size), .fallback = "32M", .min = 65536,
 		.max = INT64_C(1) << 34, .help = "memory for tables, at most" },
 	{ "lazy-refcounts", OPT_BOOL, offsetof(struct qcow, opt_lazy_refcounts),
@@ -191,11 +194,43 @@ static suspends int refuse_or_repair(struct qcow *q, struct err *err)
 	return 0;
 }
 
+struct place {
+	const char *name;
+	uint64_t off, len;
+};
+
+/* Tables that the header names must not lie on top of each other: changing one would destroy the other. */
+static int check_overlaps(const struct qcow_header *header, struct err *err)
+{
+	uint64_t cluster_size = UINT64_C(1) << header->cluster_bits;
+	const struct place places[] = {
+		{ "l1 table", header->l1_off, header->l1_entry_count * UINT64_C(8) },
+		{ "refcount table", header->refcount_table_off,
+			header->refcount_table_clusters * cluster_size },
+		{ "snapshot table", header->snapshots_off, header->snapshot_count },
+	};
+
+	for (size_t i = 0; i < ARRAY_LEN(places); i++)
+		for (size_t j = 0; j < i; j++) {
+			const struct place *a = &places[j], *b = &places[i];
+
+			if (a->len && b->len && a->off < b->off + b->len &&
+				b->off < a->off + a->len)
+				return err_set(err, EUCLEAN,
+					"the %s at %llu and the %s at %llu overlap", a->name,
+					(unsigned long long)a->off, b->name,
+					(unsigned long long)b->off);
+		}
+	return 0;
+}
+
 static suspends int open_image(struct qcow *q, struct err *err)
 {
 	struct blk_caps *caps = &q->blk.caps;
 	int ret = qcow_header_load(q->blk.below, &q->header, err);
 
+	if (!ret)
+		ret = check_overlaps(&q->header, err);
 	if (!ret)
 		ret = refuse_or_repair(q, err);
 	if (ret)

@@ -108,7 +108,7 @@ struct qcow {
 	const struct conf *backing_conf, *data_file_conf, *allow_backing_conf;
 	bool opt_lazy_refcounts, opt_discard;
 	uint64_t opt_cache_size;
-	int64_t opt_commit_interval_s;
+	int64_t opt_commit_interval_s, opt_backing_depth;
 
 	struct qcow_header header;
 	struct blk *backing; /* NULL: what is not mapped reads as zeroes */
