@@ -307,12 +307,14 @@ static suspends void case_server_killed_under_load(void)
 	struct model model;
 	struct far far;
 	uint64_t random = unit_seed;
+	/* Slow, so that something is under way whenever it is killed. */
+	const char *server = NBDKIT "--filter=delay file image rdelay=1ms wdelay=1ms";
 
 	make_file("image", SIZE_BYTES);
 	for (int connections = 1; connections <= 4; connections += 3) {
 		char options[64];
 
-		far_start(&far, NBDKIT "file image");
+		far_start(&far, "%s", server);
 		snprintf(options, sizeof(options), "connections=%d reconnect=30", connections);
 		struct blk *blk = far_disk(options);
 		model_init(&model, SIZE_BYTES);
@@ -322,13 +324,14 @@ static suspends void case_server_killed_under_load(void)
 			co_sleep_ns((5 + random_below(&random, 20)) * NS_PER_MS);
 			far_kill(&far);
 			co_sleep_ns(random_below(&random, 100) * NS_PER_MS);
-			far_start(&far, NBDKIT "file image");
+			far_start(&far, "%s", server);
 		}
 		co_group_wait(&group);
 		blk_flush(blk);
 		model_verify(&model, blk);
 		ck_assert_int_eq(blk_flush(blk), 0);
 		ck_assert_int_ge(status_number(blk, "reconnects"), 1);
+		ck_assert_int_ge(status_number(blk, "repeated_requests"), 1);
 		stack_close(blk);
 		model_fini(&model);
 		far_kill(&far);
