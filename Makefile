@@ -16,7 +16,9 @@ UNITDIR  ?= $(LIBDIR_SYSTEM)/systemd/system
 CC       ?= gcc
 PKG_CONFIG ?= pkg-config
 
-LIB_PKGS    := gnutls jansson liburing zlib libzstd libnbd
+LIB_PKGS    := gnutls jansson liburing zlib libzstd
+# Not linked, but loaded when needed: lib/blk/nbd/libnbd_load.h.
+LOADED_PKGS := libnbd
 DAEMON_PKGS := libconfig libsystemd
 IMG_PKGS    := nettle
 TEST_PKGS   := check
@@ -41,11 +43,11 @@ WARNINGS := -Wall -Wextra -Werror -Wshadow -Wstrict-prototypes -Wmissing-prototy
 need_pkgs = $(if $(shell $(PKG_CONFIG) --exists $(1) && echo yes),,$(error \
 	missing development packages, one of: $(1). Run scripts/deps as root, it installs them))
 ifeq ($(filter help format,$(MAKECMDGOALS)),)
-$(call need_pkgs,$(LIB_PKGS) $(DAEMON_PKGS))
+$(call need_pkgs,$(LIB_PKGS) $(LOADED_PKGS) $(DAEMON_PKGS))
 endif
 
 CPPFLAGS += -D_GNU_SOURCE -Ilib -I. -DBLKSTACK_VERSION='"$(VERSION)"' \
-	$(shell $(PKG_CONFIG) --cflags $(LIB_PKGS) $(DAEMON_PKGS))
+	$(shell $(PKG_CONFIG) --cflags $(LIB_PKGS) $(LOADED_PKGS) $(DAEMON_PKGS))
 ALL_CFLAGS := -std=gnu17 $(CFLAGS_$(BUILD)) $(WARNINGS) -fstack-protector-strong -fstack-clash-protection -pthread $(CFLAGS)
 LDLIBS   := $(shell $(PKG_CONFIG) --libs $(LIB_PKGS)) -pthread
 IMG_LIBS := $(shell $(PKG_CONFIG) --libs $(IMG_PKGS))

@@ -9,9 +9,8 @@
  */
 #pragma once
 
-#include <libnbd.h>
-
 #include "blk/blk.h"
+#include "blk/nbd/libnbd_load.h"
 #include "rt/reactor.h"
 
 #define REMOTE_CONNECTIONS_MAX 16 /* as many as servers' defaults allow one client */

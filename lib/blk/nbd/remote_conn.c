@@ -135,6 +135,8 @@ static void step_job(void *arg)
 
 	if (step->events)
 		step->ret = notify(conn->handle, step->events) ? libnbd_error(step->err) : 0;
+	else if (libnbd_load(step->err))
+		step->ret = -step->err->code;
 	else if (!(conn->handle = nbd_create()))
 		step->ret = libnbd_error(step->err);
 	else
@@ -216,7 +218,8 @@ suspends int remote_conn_connect(struct remote_conn *conn, struct err *err)
 	int ret = handshake(conn, err);
 
 	if (ret) {
-		nbd_close(conn->handle);
+		if (conn->handle) /* else libnbd may not even be loaded */
+			nbd_close(conn->handle);
 		conn->handle = NULL;
 		return ret;
 	}
