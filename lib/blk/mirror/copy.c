@@ -88,12 +88,12 @@ static suspends int copy_data(struct mirror *mirror, uint64_t off, uint64_t len)
 		ret = blk_read(mirror->primary, off, buf, part);
 		if (ret) {
 			mirror_primary_failed(mirror, off, part, ret);
+			buf_put(buf, part);
 		} else {
-			ret = leg_end(leg_begin(mirror, LEG_WRITE, off, part, 0, buf));
+			ret = leg_end(leg_begin_write(mirror, off, part, buf));
 			if (ret)
 				secondary_failed(mirror, "copy: write", off, part, ret);
 		}
-		buf_put(buf, part);
 		if (!ret)
 			mirror->copied_bytes += part;
 		off += part;
@@ -225,17 +225,22 @@ static suspends bool claim_step(struct mirror *mirror, struct step *step)
 
 /* --- pace ------------------------------------------------------------------------------------- */
 
-/* One turn of the reactor, and more until ready_ns as long as guests keep coming. */
-static suspends void let_guests_run(struct mirror *mirror, uint64_t ready_ns)
+/*
+ * One turn of the reactor, and more until it is the guests' turn no longer, or none of them comes any more. All
+ * steps share one account of time, so whoever wakes up looks again: another step may have been faster.
+ */
+static suspends void let_guests_run(struct mirror *mirror)
 {
-	uint64_t slice_ns = 0, now_ns;
+	uint64_t slice_ns = 0, now_ns, seen;
 
 	do {
-		mirror->guest_seen = mirror->guest_count;
+		seen = mirror->guest_count;
 		co_sleep_ns(slice_ns);
 		now_ns = clock_now_ns();
-		slice_ns = ready_ns > now_ns ? MIN(ready_ns - now_ns, QUIET_NS) : 0;
-	} while (slice_ns && mirror->guest_seen != mirror->guest_count && !mirror->closing);
+		slice_ns = mirror->copy_allowed_ns > now_ns
+				   ? MIN(mirror->copy_allowed_ns - now_ns, QUIET_NS)
+				   : 0;
+	} while (slice_ns && seen != mirror->guest_count && !mirror->closing);
 }
 
 static suspends void wait_for_rate(struct mirror *mirror, uint64_t len)
@@ -274,10 +279,9 @@ static suspends void pass_run(void *arg)
 
 		uint64_t end_ns = clock_now_ns();
 		bool waited = reactor_now_ns() != turn_ns;
-		uint64_t spent_ns = waited ? 0 : end_ns - start_ns;
 
-		mirror->copy_allowed_ns = MAX(mirror->copy_allowed_ns, end_ns) + spent_ns;
-		let_guests_run(mirror, mirror->copy_allowed_ns);
+		mirror->copy_allowed_ns = end_ns + (waited ? 0 : end_ns - start_ns);
+		let_guests_run(mirror);
 	}
 }
 

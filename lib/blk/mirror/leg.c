@@ -81,8 +81,9 @@ static bool has_room(const struct mirror *mirror, enum leg_kind kind, uint64_t l
 	       mirror->op_bytes + len <= MIRROR_LEG_MAX_BYTES;
 }
 
-suspends struct leg_op *leg_begin(struct mirror *mirror, enum leg_kind kind, uint64_t off,
-	uint64_t len, unsigned flags, const void *data)
+/* own_buf: holds what is to be written, and belongs to the request from now on, if it begins. */
+static suspends struct leg_op *begin(struct mirror *mirror, enum leg_kind kind, uint64_t off,
+	uint64_t len, unsigned flags, const void *data, void *own_buf)
 {
 	uint64_t deadline_ns = reactor_now_ns() + (uint64_t)mirror->timeout_s * NS_PER_SEC;
 
@@ -99,8 +100,9 @@ suspends struct leg_op *leg_begin(struct mirror *mirror, enum leg_kind kind, uin
 	op->flags = flags;
 	op->deadline_ns = deadline_ns;
 	op->done = op->given_up = false;
+	op->buf = NULL;
 	if (has_data(kind)) {
-		op->buf = buf_get(len);
+		op->buf = own_buf ? own_buf : buf_get(len);
 		if (!op->buf) {
 			op_free(op);
 			return NULL;
@@ -110,6 +112,22 @@ suspends struct leg_op *leg_begin(struct mirror *mirror, enum leg_kind kind, uin
 			memcpy(op->buf, data, len);
 	}
 	co_group_start(&mirror->ops_running, op_run, op);
+	return op;
+}
+
+suspends struct leg_op *leg_begin(struct mirror *mirror, enum leg_kind kind, uint64_t off,
+	uint64_t len, unsigned flags, const void *data)
+{
+	return begin(mirror, kind, off, len, flags, data, NULL);
+}
+
+suspends struct leg_op *leg_begin_write(
+	struct mirror *mirror, uint64_t off, uint64_t len, void *buf)
+{
+	struct leg_op *op = begin(mirror, LEG_WRITE, off, len, 0, NULL, buf);
+
+	if (!op)
+		buf_put(buf, len);
 	return op;
 }
 

@@ -70,6 +70,9 @@ struct leg_op {
  */
 suspends struct leg_op *leg_begin(struct mirror *mirror, enum leg_kind kind, uint64_t off,
 	uint64_t len, unsigned flags, const void *data);
+/* A write of len bytes in a buffer of buf_get(), which belongs to the request from now on. */
+suspends struct leg_op *leg_begin_write(
+	struct mirror *mirror, uint64_t off, uint64_t len, void *buf);
 /* Waits for the end, or the deadline: 0, -errno, -ETIMEDOUT. The op stays until leg_put(). */
 suspends int leg_wait(struct leg_op *op);
 void leg_put(struct leg_op *op); /* NULL is fine */
@@ -164,9 +167,9 @@ struct mirror {
 		began_bytes; /* for the rate: when this copy began, and copied_bytes then */
 
 	/* what guests do */
-	uint64_t guest_count, guest_seen; /* requests; as the copy last saw them */
-	uint64_t guest_written;           /* bytes */
-	uint64_t served_by_secondary;     /* reads */
+	uint64_t guest_count;         /* requests */
+	uint64_t guest_written;       /* bytes */
+	uint64_t served_by_secondary; /* reads */
 
 	struct mirror_log log;
 };
