@@ -84,13 +84,23 @@ static void print_export(const struct config_export *export, FILE *out)
 	print_stack(export->stack, 0, out);
 }
 
+static void print_listen(const struct config_listen *listen, FILE *out)
+{
+	static const char *const tls_texts[] = { [NBD_TLS_OFF] = "",
+		[NBD_TLS_ON] = "  TLS if asked for",
+		[NBD_TLS_REQUIRED] = "  TLS" };
+
+	fprintf(out, "listen   %s%s%s\n", listen->address, tls_texts[listen->tls],
+		listen->read_only ? "  read-only" : "");
+}
+
 void config_print(const struct config *config, FILE *out)
 {
 	fprintf(out, "%s: no errors, %zu export%s\n", config->path, config->export_count,
 		config->export_count == 1 ? "" : "s");
 	fprintf(out, "control  %s\n", *config->control ? config->control : "none");
 	for (size_t i = 0; i < config->listen_count; i++)
-		fprintf(out, "listen   %s\n", config->listen[i]);
+		print_listen(&config->listen[i], out);
 	for (size_t i = 0; i < config->export_count; i++)
 		print_export(&config->exports[i], out);
 }

@@ -15,10 +15,8 @@
 
 #include <ctype.h>
 #include <errno.h>
-#include <grp.h>
 #include <libconfig.h>
 #include <libgen.h>
-#include <pwd.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
@@ -28,6 +26,7 @@
 #include "base/util.h"
 #include "blk/blk.h"
 #include "daemon/config-text.h"
+#include "daemon/config_private.h"
 #include "daemon/listen.h"
 
 #define EXPORTS_MAX     1024
@@ -55,12 +54,13 @@ static const struct opt settings_options[] = {
 		.help = "who may change things besides root; owns the control socket" },
 	{ "control-group", OPT_STRING, offsetof(struct settings, control_group),
 		.help = "whose members may change things; group of the control socket" },
-	{ "listen", OPT_STRINGS, offsetof(struct settings, listen),
-		.help = "NBD sockets: \"unix:PATH\", \"tcp:HOST:PORT\"" },
+	{ "listen", OPT_MIXED, offsetof(struct settings, listen),
+		.help = "NBD sockets: \"unix:PATH\", \"tcp:HOST:PORT\", or { address = ...; ... "
+			"}" },
 	{ "listen-mode", OPT_STRING, offsetof(struct settings, listen_mode), "0660",
-		.help = "mode of unix NBD sockets' files, octal" },
+		.help = "mode of unix NBD sockets' files, octal, unless they say another" },
 	{ "listen-group", OPT_STRING, offsetof(struct settings, listen_group),
-		.help = "group of unix NBD sockets' files" },
+		.help = "group of unix NBD sockets' files, unless they say another" },
 	{ "max-connections", OPT_INT, offsetof(struct settings, max_connections), "256", .min = 1,
 		.max = 65536, .help = "NBD clients at once, of all exports together" },
 	{ "handshake-timeout", OPT_INT, offsetof(struct settings, handshake_timeout_s), "10",
@@ -75,6 +75,12 @@ static const struct opt settings_options[] = {
 	{ "exports", OPT_LIST, offsetof(struct settings, exports), .required = true,
 		.help = "the disks" },
 	{}
+};
+
+/* An export with what needs more than a table. */
+struct export_settings {
+	struct config_export export;
+	const struct conf *allow, *allow_users, *allow_groups;
 };
 
 static const struct opt export_options[] = {
@@ -92,6 +98,14 @@ static const struct opt export_options[] = {
 		.help = "seconds after which a stuck request fails the kernel device; 0: never" },
 	{ "read-only", OPT_BOOL, offsetof(struct config_export, read_only), "false",
 		.help = "refuse writes, whatever the layers allow" },
+	{ "tls-required", OPT_BOOL, offsetof(struct config_export, tls_required), "false",
+		.help = "for NBD clients with TLS only, on every listener" },
+	{ "allow", OPT_STRINGS, offsetof(struct export_settings, allow),
+		.help = "networks of the TCP clients it is there for" },
+	{ "allow-users", OPT_STRINGS, offsetof(struct export_settings, allow_users),
+		.help = "users on unix sockets it is there for" },
+	{ "allow-groups", OPT_STRINGS, offsetof(struct export_settings, allow_groups),
+		.help = "groups on unix sockets it is there for" },
 	{ "max-connections", OPT_INT, offsetof(struct config_export, max_connections), "64",
 		.min = 1, .max = 65536, .help = "NBD clients of this export at once" },
 	{ "stack", OPT_LIST, offsetof(struct config_export, stack), .required = true,
@@ -231,59 +245,39 @@ static int parse(const struct config_text *text, struct conf **root, struct err 
 
 /* --- single values ---------------------------------------------------------------------------- */
 
-static int parse_mode(
-	const struct conf *root, const char *key, const char *text, mode_t *mode, struct err *err)
+int config_parse_mode(
+	const struct conf *group, const char *key, const char *text, mode_t *mode, struct err *err)
 {
 	char *end;
 	unsigned long value = strtoul(text, &end, 8);
 
 	if (!isdigit((unsigned char)*text) || *end || value > 0777) {
-		const struct conf *conf = conf_get(root, key);
-		return conf_error(conf ? conf : root, err,
+		const struct conf *conf = conf_get(group, key);
+		return conf_error(conf ? conf : group, err,
 			"%s: \"%s\" is no mode: expected octal digits like \"0660\"", key, text);
 	}
 	*mode = (mode_t)value;
 	return 0;
 }
 
-/* A name, or a number, which need not belong to a name. */
-static bool parse_id(const char *text, unsigned *id)
-{
-	char *end;
-	unsigned long value = strtoul(text, &end, 10);
-
-	if (!isdigit((unsigned char)*text) || *end || value >= UINT32_MAX)
-		return false;
-	*id = (unsigned)value;
-	return true;
-}
-
-static int parse_user(
-	const struct conf *root, const char *key, const char *text, uid_t *uid, struct err *err)
+int config_parse_user(
+	const struct conf *group, const char *key, const char *text, uid_t *uid, struct err *err)
 {
 	*uid = (uid_t)-1;
-	if (!text || parse_id(text, uid))
+	if (!text || access_find_user(text, uid))
 		return 0;
-	const struct passwd *entry = getpwnam(text);
-	if (!entry)
-		return conf_error(conf_get(root, key), err,
-			"%s: there is no user \"%s\" on this system", key, text);
-	*uid = entry->pw_uid;
-	return 0;
+	return conf_error(
+		conf_get(group, key), err, "%s: there is no user \"%s\" on this system", key, text);
 }
 
-static int parse_group(
-	const struct conf *root, const char *key, const char *text, gid_t *gid, struct err *err)
+int config_parse_group(
+	const struct conf *group, const char *key, const char *text, gid_t *gid, struct err *err)
 {
 	*gid = (gid_t)-1;
-	if (!text || parse_id(text, gid))
+	if (!text || access_find_group(text, gid))
 		return 0;
-	const struct group *entry = getgrnam(text);
-	if (!entry)
-		return conf_error(conf_get(root, key), err,
-			"%s: there is no group \"%s\" on this system", key, text);
-	*gid = entry->gr_gid;
-	return 0;
+	return conf_error(conf_get(group, key), err, "%s: there is no group \"%s\" on this system",
+		key, text);
 }
 
 static int check_address(const struct conf *conf, const char *address, struct err *err)
@@ -311,48 +305,23 @@ void config_set_control(struct config *config, const char *address)
 		abort();
 }
 
-void config_add_listen(struct config *config, const char *address)
-{
-	config->listen = reallocarray(
-		config->listen, config->listen_count + 1, sizeof(*config->listen));
-	if (!config->listen || !(config->listen[config->listen_count++] = strdup(address)))
-		abort();
-}
-
-static int take_listen(struct config *config, const struct conf *listen, struct err *err)
-{
-	for (size_t i = 0; i < conf_strings_count(listen); i++) {
-		const char *address = conf_strings_get(listen, i);
-		const struct conf *item = listen->type == CONF_LIST ? listen->items[i] : listen;
-		int ret = check_address(item, address, err);
-		if (ret)
-			return ret;
-		for (size_t j = 0; j < config->listen_count; j++)
-			if (!strcmp(config->listen[j], address))
-				return conf_error(
-					item, err, "listen: \"%s\" is given twice", address);
-		config_add_listen(config, address);
-	}
-	return 0;
-}
-
 static int take_settings(struct config *config, const struct settings *settings, struct err *err)
 {
 	const struct conf *root = config->root;
-	int ret = parse_mode(
+	int ret = config_parse_mode(
 		root, "control-mode", settings->control_mode, &config->control_mode, err);
 
 	if (!ret)
-		ret = parse_mode(
+		ret = config_parse_mode(
 			root, "listen-mode", settings->listen_mode, &config->listen_mode, err);
 	if (!ret)
-		ret = parse_user(
+		ret = config_parse_user(
 			root, "control-user", settings->control_user, &config->control_uid, err);
 	if (!ret)
-		ret = parse_group(
+		ret = config_parse_group(
 			root, "control-group", settings->control_group, &config->control_gid, err);
 	if (!ret)
-		ret = parse_group(
+		ret = config_parse_group(
 			root, "listen-group", settings->listen_group, &config->listen_gid, err);
 	if (!ret && *settings->control)
 		ret = check_address(conf_get(root, "control"), settings->control, err);
@@ -360,7 +329,7 @@ static int take_settings(struct config *config, const struct settings *settings,
 		ret = conf_error(conf_get(root, "control"), err,
 			"control: \"%s\": only a unix socket tells who calls", settings->control);
 	if (!ret)
-		ret = take_listen(config, settings->listen, err);
+		ret = config_take_listen(config, settings->listen, err);
 	config_set_control(config, settings->control);
 	config->max_connections = settings->max_connections;
 	config->handshake_timeout_s = settings->handshake_timeout_s;
@@ -435,9 +404,16 @@ static int take_export(
 	struct config *config, size_t index, const struct conf *conf, struct err *err)
 {
 	struct config_export *export = &config->exports[index];
-	int ret = opts_parse(export_options, conf, export, err);
+	struct export_settings settings = {};
+	int ret = opts_parse(export_options, conf, &settings, err);
 
+	if (ret)
+		return ret;
+	*export = settings.export;
 	export->conf = conf;
+	ret = access_parse(
+		&export->access, settings.allow, settings.allow_users, settings.allow_groups, err);
+	config->export_count++; /* it has something to free from now on */
 	if (!ret)
 		ret = check_name(export, err);
 	if (!ret)
@@ -462,7 +438,6 @@ static int take_exports(struct config *config, const struct conf *exports, struc
 		int ret = take_export(config, i, exports->items[i], err);
 		if (ret)
 			return ret;
-		config->export_count++;
 	}
 	return 0;
 }
@@ -586,6 +561,8 @@ static int load(struct config *config, struct err *err)
 	if (!ret)
 		ret = take_exports(config, settings.exports, err);
 	if (!ret)
+		ret = config_check_listen(config, err);
+	if (!ret)
 		ret = check_files(config, err);
 	if (!ret && settings.reactors)
 		config->reactor_count = (unsigned)settings.reactors;
@@ -628,7 +605,9 @@ void config_free(struct config *config)
 		return;
 	conf_free(config->root);
 	for (size_t i = 0; i < config->listen_count; i++)
-		free(config->listen[i]);
+		access_fini(&config->listen[i].access);
+	for (size_t i = 0; i < config->export_count; i++)
+		access_fini(&config->exports[i].access);
 	free(config->listen);
 	free(config->control);
 	free(config->exports);

@@ -15,6 +15,24 @@
 
 #include "base/conf.h"
 #include "base/err.h"
+#include "daemon/access.h"
+#include "nbd/server.h"
+
+/* A socket on which NBD clients come in. Texts point into the config's tree. */
+struct config_listen {
+	const char *address; /* as listener_open() takes it */
+	mode_t mode;         /* of a unix socket's file */
+	uid_t uid;           /* and its owners; (uid_t)-1, (gid_t)-1: as they come */
+	gid_t gid;
+	enum nbd_tls tls;
+	const char *tls_certificates, *tls_psk, *tls_priority; /* as in tls_options */
+	bool tls_verify_clients;
+	const struct conf *tls_allow; /* subjects; conf_strings_get() */
+	const struct conf *exports;   /* names of those that are served here; NULL: all */
+	bool read_only;
+	struct access_rules access; /* who may connect */
+	const struct conf *conf;    /* its group or text; NULL: not from the file */
+};
 
 struct config_export {
 	const char *name;           /* letters, digits and -_.:+@, at most 64 */
@@ -23,9 +41,11 @@ struct config_export {
 	uint64_t device_block_size; /* bytes: 512, 1024, 2048, 4096; 0: the stack's, at least 512 */
 	int64_t device_timeout_s;   /* 0: requests of the device may take any time */
 	bool read_only;
-	int64_t max_connections;  /* NBD clients of this export */
-	const struct conf *stack; /* CONF_LIST, top first, checked by stack_check() */
-	const struct conf *conf;  /* the export's group */
+	bool tls_required;          /* whatever the listeners demand */
+	struct access_rules access; /* which NBD clients it is there for */
+	int64_t max_connections;    /* NBD clients of this export */
+	const struct conf *stack;   /* CONF_LIST, top first, checked by stack_check() */
+	const struct conf *conf;    /* the export's group */
 };
 
 struct config {
@@ -39,7 +59,7 @@ struct config {
 	gid_t control_gid;   /* (gid_t)-1: no group */
 
 	/* NBD door */
-	char **listen; /* addresses, as listener_open() takes them; owned, each of them too */
+	struct config_listen *listen; /* owned array */
 	size_t listen_count;
 	mode_t listen_mode;          /* of the files of unix sockets */
 	gid_t listen_gid;            /* and their group; (gid_t)-1: as it comes */
@@ -56,6 +76,7 @@ struct config {
 
 /* The tables, for --help; ended by a row without a name. */
 extern const struct opt *const config_options;
+extern const struct opt *const config_listen_options;
 extern const struct opt *const config_export_options;
 
 /* Reads and checks the whole file; creates and changes nothing. The error is one line, place included. */
@@ -71,7 +92,8 @@ int config_parse_snippet(
 
 bool config_engine_known(const char *name);
 void config_set_control(struct config *config, const char *address);
-void config_add_listen(struct config *config, const char *address);
+/* A listener with nothing said about it but the address. Its error is config_load()'s. */
+int config_add_listen(struct config *config, const char *address, struct err *err);
 
 /* Doors and stacks as a small tree, for people. */
 void config_print(const struct config *config, FILE *out);

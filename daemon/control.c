@@ -23,8 +23,6 @@
 #include "daemon/export.h"
 #include "daemon/kernel.h"
 
-#define INTERFACE "org.blkstack"
-
 __asm__(".pushsection .rodata\n"
 	"control_description:\n"
 	".incbin \"daemon/org.blkstack.varlink\"\n"
@@ -43,7 +41,7 @@ suspends static void answer_failed(struct varlink_call *call, const struct err *
 {
 	const char *name = strerrorname_np(err->code);
 
-	varlink_error(call, INTERFACE ".Failed",
+	varlink_error(call, CONTROL_INTERFACE ".Failed",
 		json_pack("{s:s, s:i, s:s, s:s}", "export", varlink_string(call, "export"), "errno",
 			err->code, "error", name ? name : "", "text", err->text));
 }
@@ -57,7 +55,7 @@ suspends void control_answer(
 	}
 	json_decref(result);
 	if (ret == -EBUSY)
-		varlink_error(call, INTERFACE ".Busy",
+		varlink_error(call, CONTROL_INTERFACE ".Busy",
 			json_pack("{s:s, s:s}", "export", varlink_string(call, "export"), "text",
 				err->text));
 	else
@@ -72,7 +70,8 @@ suspends struct export *control_get_export(struct varlink_call *call)
 	if (export)
 		co_group_enter(&export->users);
 	else
-		varlink_error(call, INTERFACE ".NoSuchExport", json_pack("{s:s}", "export", name));
+		varlink_error(call, CONTROL_INTERFACE ".NoSuchExport",
+			json_pack("{s:s}", "export", name));
 	return export;
 }
 
@@ -193,6 +192,20 @@ static const struct varlink_method methods[] = {
 				{},
 			},
 		.fn = control_status },
+	{ "Clients",
+		.params =
+			(const struct varlink_param[]){
+				{ "export", VARLINK_STRING, .optional = true },
+				{},
+			},
+		.fn = control_clients },
+	{ "Disconnect", .needs_authority = true,
+		.params =
+			(const struct varlink_param[]){
+				{ "id", VARLINK_SIZE },
+				{},
+			},
+		.fn = control_disconnect },
 	{ "Resize", .needs_authority = true,
 		.params =
 			(const struct varlink_param[]){
@@ -364,7 +377,7 @@ static const struct varlink_method methods[] = {
 };
 
 static const struct varlink_interface blkstack_interface = {
-	.name = INTERFACE,
+	.name = CONTROL_INTERFACE,
 	.description = control_description,
 	.methods = methods,
 };
@@ -392,7 +405,7 @@ suspends static bool permit(struct varlink_call *call)
 		uid);
 	log_warning("control: refused %s to uid %u, pid %d", varlink_call_method(call), uid,
 		varlink_call_peer(call)->pid);
-	varlink_error(call, INTERFACE ".NotPermitted",
+	varlink_error(call, CONTROL_INTERFACE ".NotPermitted",
 		json_pack("{s:s, s:I, s:s}", "method", varlink_call_method(call), "uid",
 			(json_int_t)uid, "text", text));
 	return false;

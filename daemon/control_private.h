@@ -1,5 +1,5 @@
 /*
- * What control.c, control-status.c, control-mirror.c and control-qcow.c share.
+ * What control.c and the files of methods, control-*.c, share.
  */
 #pragma once
 
@@ -14,6 +14,8 @@ struct control {
 	struct listener listener;
 	struct daemon *daemon;
 };
+
+#define CONTROL_INTERFACE "org.blkstack"
 
 struct daemon *control_daemon(const struct varlink_call *call);
 
@@ -40,6 +42,10 @@ void control_log_change(const struct varlink_call *call, const char *what,
 suspends void control_info(struct varlink_call *call);
 suspends void control_list(struct varlink_call *call);
 suspends void control_status(struct varlink_call *call);
+
+/* NBD clients; in control-clients.c. */
+suspends void control_clients(struct varlink_call *call);
+suspends void control_disconnect(struct varlink_call *call);
 
 /* Methods about mirrors; in control-mirror.c. */
 suspends void control_mirror_start(struct varlink_call *call);

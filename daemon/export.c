@@ -463,6 +463,7 @@ suspends int export_start(struct daemon *daemon, const struct config_export *con
 	}
 	nbd_export_init(&export->nbd, config->name, config->description, export->top, export->home,
 		export->read_only);
+	export->nbd.tls_required = config->tls_required;
 	export->nbd.max_clients = (unsigned)config->max_connections;
 	list_push_back(&daemon->exports, &export->link);
 	call.ret = nbd_door_publish(daemon->nbd_door, export, err);

@@ -40,6 +40,7 @@ static const char *type_text(const struct opt *opt)
 		[OPT_ENUM] = "TEXT",
 		[OPT_STRINGS] = "TEXTS",
 		[OPT_LIST] = "({...})",
+		[OPT_MIXED] = "(...)",
 	};
 
 	return texts[opt->type];
@@ -80,6 +81,8 @@ void help_print(FILE *out)
 	      "\"10G\".\n",
 		out);
 	print_options(out, config_options);
+	fputs("\nA listener, an item of `listen` that is more than its address:\n", out);
+	print_options(out, config_listen_options);
 	fputs("\nAn export, an item of `exports`:\n", out);
 	print_options(out, config_export_options);
 	fputs("\nLayers, the items of `stack`, top first; the last one stores the bytes.\n", out);

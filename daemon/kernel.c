@@ -233,7 +233,7 @@ static struct kernel_door *door_new(const struct kernel_opts *opts)
 		.size_bytes = opts->size_bytes,
 		.block_size = opts->block_size,
 		.timeout_s = opts->timeout_s,
-		.flags = nbd_export_flags(opts->nbd),
+		.flags = nbd_export_flags(opts->nbd, false),
 	};
 	door->reactor = reactor_self();
 	task_init(&door->ended_task, door_ended);

@@ -12,6 +12,7 @@
  */
 #include "daemon/listen.h"
 
+#include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <libgen.h>
@@ -104,6 +105,30 @@ int listener_check(const char *address, struct err *err)
 	struct address parsed;
 
 	return address_parse(address, &parsed, err);
+}
+
+enum listen_kind listener_kind(const char *address)
+{
+	struct address parsed;
+	struct err err;
+
+	return !address_parse(address, &parsed, &err) && parsed.is_unix ? LISTEN_UNIX : LISTEN_TCP;
+}
+
+bool listener_is_loopback(const char *address)
+{
+	struct address parsed;
+	struct err err;
+	struct in_addr v4;
+	struct in6_addr v6;
+
+	if (address_parse(address, &parsed, &err) || parsed.is_unix)
+		return false;
+	if (inet_pton(AF_INET, parsed.host, &v4) == 1)
+		return ntohl(v4.s_addr) >> 24 == IN_LOOPBACKNET;
+	if (inet_pton(AF_INET6, parsed.host, &v6) == 1)
+		return IN6_IS_ADDR_LOOPBACK(&v6);
+	return !strcasecmp(parsed.host, "localhost");
 }
 
 /* --- sockets from the service manager --------------------------------------------------------- */

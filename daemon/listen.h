@@ -40,6 +40,13 @@ struct listener {
 /* Checks the form of an address and touches nothing. */
 int listener_check(const char *address, struct err *err);
 
+enum listen_kind { LISTEN_UNIX, LISTEN_TCP };
+
+/* Of an address whose form is right. */
+enum listen_kind listener_kind(const char *address);
+/* By its looks: names are not resolved, but for "localhost". */
+bool listener_is_loopback(const char *address);
+
 /*
  * Binds and listens; accepts nothing yet. Plain code, may block on name look-ups: before the reactor
  * runs, or offloaded. access may be NULL for TCP. On an error nothing was created and fd is -1.

@@ -195,31 +195,35 @@ static int passed_address(int fd, char *text, size_t text_len_bytes)
  * Sockets named "nbd" and "control" stand in for a config that has no `listen` or `control`. Those that
  * the config names are found by their address, when they are opened.
  */
-static void adopt_sockets(struct config *config)
+static int adopt_sockets(struct config *config, struct err *err)
 {
 	bool no_listen = !config->listen_count, no_control = !*config->control;
 	char **names = NULL;
-	int count = sd_listen_fds_with_names(0, &names);
+	int count = sd_listen_fds_with_names(0, &names), ret = 0;
 
-	for (int i = 0; i < count; i++) {
+	for (int i = 0; i < count && !ret; i++) {
 		char address[sizeof("unix:") + NI_MAXHOST + NI_MAXSERV];
 		if (passed_address(SD_LISTEN_FDS_START + i, address, sizeof(address)))
 			continue;
 		if (no_listen && !strcmp(names[i], "nbd"))
-			config_add_listen(config, address);
+			ret = config_add_listen(config, address, err);
 		else if (no_control && !strcmp(names[i], "control"))
 			config_set_control(config, address);
 	}
 	for (int i = 0; i < count; i++)
 		free(names[i]);
 	free(names);
+	return ret;
 }
 
 static int run(struct config *config)
 {
 	struct err err;
 
-	adopt_sockets(config);
+	if (adopt_sockets(config, &err)) {
+		log_error("%s", err.text);
+		return EXIT_FAILURE;
+	}
 	if (!config->listen_count && !*config->control && !has_device(config))
 		log_warning(
 			"%s: there is neither listen nor control nor a device: nobody can reach "

@@ -1,7 +1,9 @@
 /*
  * Accepts NBD clients and sends each on its way: nbd_client() in a coroutine of its own.
  *
- * All clients together are bounded; who comes beyond is closed at once, before a byte is exchanged.
+ * All clients together are bounded; who comes beyond, or may not come at all, is closed at once, before a
+ * byte is exchanged. What a client may choose from is asked for by the handshake (may_enter()): the exports
+ * that its listener serves and that are there for somebody like it.
  * TCP sockets: no delay (replies are gathered already), and keepalive, so that a client whose
  * machine died frees its place one day.
  */
@@ -15,10 +17,13 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "base/cleanup.h"
 #include "base/log.h"
 #include "base/util.h"
+#include "daemon/access.h"
 #include "daemon/listen.h"
 #include "nbd/server.h"
+#include "rt/tls.h"
 
 /* A dead peer is noticed after idle + interval * count: two minutes. */
 #define KEEPALIVE_IDLE_S     60
@@ -33,6 +38,8 @@
 /* A listener that knows its door. */
 struct entrance {
 	struct listener listener;
+	const struct config_listen *config;
+	struct tls_server *tls; /* NULL: none */
 	struct nbd_door *door;
 };
 
@@ -42,14 +49,16 @@ struct nbd_door {
 	size_t entrance_count;
 	struct co_group clients;
 	unsigned client_max;
-	uint64_t accepted, refused;
-	bool told_full; /* one warning per time of being full */
+	uint64_t accepted, refused; /* accepted: also the id of the last client */
+	bool told_full;             /* one warning per time of being full */
 };
 
 struct client {
-	struct nbd_door *door;
+	struct entrance *entrance;
 	int fd;
-	char peer[PEER_TEXT_LEN];
+	char text[PEER_TEXT_LEN];
+	struct access_peer peer;
+	struct nbd_visitor visitor;
 };
 
 /* --- one client ------------------------------------------------------------------------------- */
@@ -99,51 +108,137 @@ static void prepare_tcp(int fd)
 	setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &count, sizeof(count));
 }
 
+static bool may_enter(const struct nbd_visitor *visitor, const struct nbd_export *nbd)
+{
+	const struct client *client = container_of(visitor, struct client, visitor);
+	const struct config_export *export = container_of(nbd, struct export, nbd)->config;
+	const struct conf *names = client->entrance->config->exports;
+	bool served = !names;
+
+	for (size_t i = 0; i < conf_strings_count(names); i++)
+		served = served || !strcmp(conf_strings_get(names, i), export->name);
+	return served && access_allows(&export->access, &client->peer);
+}
+
+static void client_free(struct client *client)
+{
+	access_peer_fini(&client->peer);
+	free(client);
+}
+
 static suspends void client_run(void *arg)
 {
 	struct client *client = arg;
-	struct nbd_door *door = client->door;
+	struct nbd_door *door = client->entrance->door;
 
-	log_debug("nbd: client %s connected", client->peer);
-	int ret = nbd_client(&door->server, client->fd, client->peer);
-	log_debug("nbd: client %s left%s%s", client->peer, ret ? ": " : "",
+	log_debug("nbd: client %s connected", client->text);
+	int ret = nbd_client(&door->server, client->fd, &client->visitor);
+	log_debug("nbd: client %s left%s%s", client->text, ret ? ": " : "",
 		ret ? strerror(-ret) : "");
-	free(client);
+	client_free(client);
 	door->told_full = false;
 	co_group_leave(&door->clients);
 }
 
-static void client_accepted(struct listener *listener, int fd)
+static struct client *client_create(struct entrance *entrance, int fd)
 {
-	struct nbd_door *door = container_of(listener, struct entrance, listener)->door;
-	struct client *client = NULL;
+	struct client *client = calloc(1, sizeof(*client));
 
+	if (!client)
+		return NULL;
+	client->entrance = entrance;
+	client->fd = fd;
+	describe_peer(fd, client->text);
+	access_peer_init(&client->peer, fd);
+	client->visitor = (struct nbd_visitor){
+		.peer = client->text,
+		.tls = entrance->config->tls,
+		.tls_server = entrance->tls,
+		.read_only = entrance->config->read_only,
+		.may_enter = may_enter,
+	};
+	return client;
+}
+
+/* Whether there is room for one more. */
+static bool has_room(struct nbd_door *door, const struct listener *listener)
+{
 	if (door->clients.running < door->client_max)
-		client = calloc(1, sizeof(*client));
-	else if (!door->told_full)
+		return true;
+	if (!door->told_full)
 		log_warning(
 			"%s: refusing clients: %u are connected, as many as max-connections allows",
 			listener->text, door->clients.running);
+	door->told_full = true;
+	return false;
+}
+
+static void client_accepted(struct listener *listener, int fd)
+{
+	struct entrance *entrance = container_of(listener, struct entrance, listener);
+	struct nbd_door *door = entrance->door;
+	struct client *client = has_room(door, listener) ? client_create(entrance, fd) : NULL;
+
+	if (client && !access_allows(&entrance->config->access, &client->peer)) {
+		log_debug("nbd: %s may not connect to %s", client->text, listener->text);
+		client_free(client);
+		client = NULL;
+	}
 	if (!client) {
-		door->told_full = true;
 		door->refused++;
 		close(fd);
 		return;
 	}
-	client->door = door;
-	client->fd = fd;
-	describe_peer(fd, client->peer);
 	prepare_tcp(fd);
-	door->accepted++;
+	client->visitor.id = ++door->accepted;
 	co_group_enter(&door->clients);
 	co_start(client_run, client);
 }
 
 /* --- the door --------------------------------------------------------------------------------- */
 
+static int create_tls(
+	struct entrance *entrance, const struct config_listen *config, struct err *err)
+{
+	struct tls_options options = {
+		.certificates = config->tls_certificates,
+		.psk = config->tls_psk,
+		.verify_clients = config->tls_verify_clients,
+		.subject_count = conf_strings_count(config->tls_allow),
+		.priority = config->tls_priority,
+	};
+	CLEANUP(free)
+	const char **subjects = calloc(options.subject_count + 1, sizeof(*subjects));
+
+	if (!subjects)
+		return err_set(err, ENOMEM, "no memory for the NBD door");
+	for (size_t i = 0; i < options.subject_count; i++)
+		subjects[i] = conf_strings_get(config->tls_allow, i);
+	options.subjects = subjects;
+	return tls_server_create(&entrance->tls, &options, err);
+}
+
+static int entrance_open(
+	struct entrance *entrance, const struct config_listen *config, struct err *err)
+{
+	struct listen_access access = { config->mode, config->uid, config->gid };
+	int ret = 0;
+
+	entrance->config = config;
+	if (config->tls != NBD_TLS_OFF)
+		ret = create_tls(entrance, config, err);
+	if (!ret)
+		ret = listener_open(&entrance->listener, config->address, &access, err);
+	if (!ret)
+		return 0;
+	tls_server_free(entrance->tls);
+	if (config->conf)
+		err_place(err, config->conf->where);
+	return ret;
+}
+
 int nbd_door_open(struct nbd_door **opened, const struct config *config, struct err *err)
 {
-	struct listen_access access = { config->listen_mode, (uid_t)-1, config->listen_gid };
 	struct nbd_limits limits = nbd_limits_default;
 	struct nbd_door *door = calloc(1, sizeof(*door));
 
@@ -160,7 +255,7 @@ int nbd_door_open(struct nbd_door **opened, const struct config *config, struct 
 	door->client_max = (unsigned)config->max_connections;
 	for (size_t i = 0; i < config->listen_count; i++) {
 		struct entrance *entrance = &door->entrances[i];
-		int ret = listener_open(&entrance->listener, config->listen[i], &access, err);
+		int ret = entrance_open(entrance, &config->listen[i], err);
 		if (ret) {
 			nbd_door_abandon(door);
 			return ret;
@@ -186,7 +281,8 @@ int nbd_door_start(struct nbd_door *door, struct err *err)
 			nbd_door_stop(door);
 			return err_sys(err, -ret, "cannot accept clients on %s", listener->text);
 		}
-		log_info("NBD clients are served on %s", listener->text);
+		log_info("NBD clients are served on %s%s", listener->text,
+			door->entrances[i].tls ? " with TLS" : "");
 	}
 	return 0;
 }
@@ -202,8 +298,10 @@ void nbd_door_abandon(struct nbd_door *door)
 {
 	if (!door)
 		return;
-	for (size_t i = 0; i < door->entrance_count; i++)
+	for (size_t i = 0; i < door->entrance_count; i++) {
 		listener_close(&door->entrances[i].listener);
+		tls_server_free(door->entrances[i].tls);
+	}
 	free(door->entrances);
 	free(door);
 }
@@ -215,6 +313,11 @@ suspends void nbd_door_close(struct nbd_door *door)
 	nbd_server_close(&door->server, HANDSHAKE_GRACE_NS);
 	co_group_wait(&door->clients);
 	nbd_door_abandon(door);
+}
+
+struct nbd_server *nbd_door_server(struct nbd_door *door)
+{
+	return &door->server;
 }
 
 json_t *nbd_door_status(const struct nbd_door *door)

@@ -32,5 +32,8 @@ suspends void nbd_door_close(struct nbd_door *door);
 /* The same when the reactors never ran. NULL is fine. */
 void nbd_door_abandon(struct nbd_door *door);
 
+/* For nbd_server_handshakes() and nbd_disconnect(). */
+struct nbd_server *nbd_door_server(struct nbd_door *door);
+
 /* {"listen": ["unix:/...", ...], "clients": n, "max_clients": n, "accepted": n, "refused": n} */
 json_t *nbd_door_status(const struct nbd_door *door);

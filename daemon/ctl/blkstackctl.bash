@@ -4,7 +4,7 @@
 _blkstackctl() {
 	local word=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD - 1]}
 	local commands="list status resize flush discard attach detach mirror compact check snapshot"
-	commands+=" shutdown call version"
+	commands+=" clients disconnect shutdown call version"
 	local socket=() operands=() i
 
 	# What stands on the line already: the command, its operands, and another socket.
@@ -46,13 +46,16 @@ _blkstackctl() {
 		candidates=$commands
 	elif ((${#operands[@]} == 1)); then
 		case ${operands[0]} in
-		status | resize | flush | discard | attach | detach | compact | check)
+		status | resize | flush | discard | attach | detach | compact | check | clients)
 			candidates=$(blkstackctl "${socket[@]}" list 2>/dev/null | awk 'NR > 1 { print $1 }')
 			;;
 		mirror) candidates="start status wait pause resume rate promote cancel verify" ;;
+		disconnect)
+			candidates=$(blkstackctl "${socket[@]}" clients 2>/dev/null | awk 'NR > 1 { print $1 }')
+			;;
 		snapshot) candidates="list create apply delete" ;;
 		call)
-			candidates="Info List Status Resize Flush Discard Attach Detach Shutdown"
+			candidates="Info List Status Clients Disconnect Resize Flush Discard Attach Detach Shutdown"
 			candidates+=" MirrorStart MirrorStatus MirrorWait MirrorPause MirrorResume MirrorRate"
 			candidates+=" MirrorCancel MirrorPromote MirrorVerify"
 			candidates+=" Compact CancelCompact Check Snapshots CreateSnapshot ApplySnapshot"

@@ -194,6 +194,9 @@ static enum ctl_exit reply_error(const struct ctl *ctl, const char *error, const
 		return ctl_fail(CTL_NO_SUCH_EXPORT,
 			"there is no export \"%s\" (\"blkstackctl list\" shows those there are)",
 			name);
+	if (!strcmp(error, INTERFACE "NoSuchClient"))
+		return ctl_fail(CTL_FAILED,
+			"there is no such client (\"blkstackctl clients\" shows those there are)");
 	if (!strcmp(error, INTERFACE "NotPermitted"))
 		return ctl_fail(
 			CTL_NOT_PERMITTED, "%s: not permitted: %s", ctl->command->name, text);

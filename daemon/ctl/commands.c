@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <poll.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/pidfd.h>
 
@@ -40,9 +41,9 @@ enum ctl_exit ctl_parse_size(const char *text, uint64_t *size_bytes)
 
 /* --- looking ---------------------------------------------------------------------------------- */
 
-/* Calls a method that returns exports and shows them with show(), or all with --json. */
-static enum ctl_exit show_exports(struct ctl *ctl, const char *method, json_t *parameters,
-	void (*show)(const json_t *exports))
+/* Calls a method that returns an array of that name and shows it with show(), or all with --json. */
+static enum ctl_exit show_array(struct ctl *ctl, const char *method, json_t *parameters,
+	const char *name, void (*show)(const json_t *array))
 {
 	json_t *reply;
 	enum ctl_exit status = ctl_call(ctl, method, parameters, &reply);
@@ -50,21 +51,31 @@ static enum ctl_exit show_exports(struct ctl *ctl, const char *method, json_t *p
 	if (!status && ctl->json)
 		show_json(reply);
 	else if (!status)
-		show(json_object_get(reply, "exports"));
+		show(json_object_get(reply, name));
 	json_decref(reply);
 	return status;
 }
 
 static enum ctl_exit run_list(struct ctl *ctl, const char **operands, int operand_count)
 {
-	return show_exports(ctl, "List", NULL, show_list);
+	return show_array(ctl, "List", NULL, "exports", show_list);
+}
+
+static json_t *optional_export(const char **operands, int operand_count)
+{
+	return operand_count ? json_pack("{s:s}", "export", operands[0]) : NULL;
 }
 
 static enum ctl_exit run_status(struct ctl *ctl, const char **operands, int operand_count)
 {
-	json_t *parameters = operand_count ? json_pack("{s:s}", "export", operands[0]) : NULL;
+	return show_array(
+		ctl, "Status", optional_export(operands, operand_count), "exports", show_statuses);
+}
 
-	return show_exports(ctl, "Status", parameters, show_statuses);
+static enum ctl_exit run_clients(struct ctl *ctl, const char **operands, int operand_count)
+{
+	return show_array(
+		ctl, "Clients", optional_export(operands, operand_count), "clients", show_clients);
 }
 
 static enum ctl_exit run_version(struct ctl *ctl, const char **operands, int operand_count)
@@ -223,6 +234,19 @@ static enum ctl_exit run_detach(struct ctl *ctl, const char **operands, int oper
 		ctl, "Detach", json_pack("{s:s, s:b}", "export", operands[0], "force", ctl->force));
 }
 
+static enum ctl_exit run_disconnect(struct ctl *ctl, const char **operands, int operand_count)
+{
+	char *end;
+
+	errno = 0;
+	long long id = strtoll(operands[0], &end, 10);
+	if (errno || *end || id <= 0)
+		return ctl_fail(CTL_USAGE,
+			"\"%s\" is no number of a client (\"blkstackctl clients\" shows them)",
+			operands[0]);
+	return call_quietly(ctl, "Disconnect", json_pack("{s:I}", "id", (json_int_t)id));
+}
+
 /* Also waits for the end of the process, where its pid means something to us. */
 static enum ctl_exit run_shutdown(struct ctl *ctl, const char **operands, int operand_count)
 {
@@ -293,6 +317,12 @@ const struct ctl_command ctl_commands[] = {
 		"its users\n"
 		"get errors from then on.\n",
 		run_detach },
+	{ "clients", "[EXPORT]", 0, 1, 0, "show who is connected", NULL, run_clients },
+	{ "disconnect", "ID", 1, 1, 0, "cut the connection of a client",
+		"ID is the number that \"blkstackctl clients\" shows. What the client has in "
+		"flight is\n"
+		"carried out but not answered. Most clients come back at once.\n",
+		run_disconnect },
 	{ "mirror", "ACTION EXPORT [RATE]", 2, 3, CTL_FORCE | CTL_RATE | CTL_MIRROR,
 		"copy an export in use to another disk", ctl_mirror_help, ctl_mirror_run },
 	{ "compact", "EXPORT", 1, 1, CTL_RATE | CTL_CANCEL | CTL_MORE,

@@ -108,4 +108,5 @@ enum ctl_exit ctl_snapshot(struct ctl *ctl, const char **operands, int operand_c
 
 void show_json(const json_t *value);
 void show_list(const json_t *exports);     /* array of Export */
+void show_clients(const json_t *clients);  /* array of Client */
 void show_statuses(const json_t *exports); /* array of Status */

@@ -131,6 +131,75 @@ void show_list(const json_t *exports)
 	json_array_foreach(exports, i, export) show_list_line(export, name_columns, device_columns);
 }
 
+/* --- clients ---------------------------------------------------------------------------------- */
+
+/* "45 s", "12 min", "5 h", "30 d" */
+static const char *format_age(uint64_t seconds, char text[AMOUNT_TEXT_LEN])
+{
+	static const struct {
+		uint64_t seconds;
+		const char *unit;
+	} units[] = { { 86400, "d" }, { 3600, "h" }, { 60, "min" }, { 1, "s" } };
+	size_t i = 0;
+
+	while (i + 1 < ARRAY_LEN(units) && seconds < 2 * units[i].seconds)
+		i++;
+	snprintf(text, AMOUNT_TEXT_LEN, "%llu %s", (unsigned long long)(seconds / units[i].seconds),
+		units[i].unit);
+	return text;
+}
+
+static uint64_t sum_requests(json_t *requests)
+{
+	const char *key;
+	json_t *traffic;
+	uint64_t sum = 0;
+
+	json_object_foreach(requests, key, traffic) sum += get_number(traffic, "requests");
+	return sum;
+}
+
+static const char *client_export(const json_t *client)
+{
+	const char *name = json_string_value(json_object_get(client, "export"));
+
+	return name ? name : "-";
+}
+
+static void show_client(const json_t *client, int export_columns)
+{
+	json_t *requests = json_object_get(client, "requests");
+	const char *tls = get_text(client, "tls");
+	char text[4][AMOUNT_TEXT_LEN];
+
+	printf("%6llu  ", (unsigned long long)get_number(client, "id"));
+	print_padded(client_export(client), export_columns);
+	printf("  %6s  %8s  %8s  %8s  %6llu  %s%s%s%s\n",
+		format_age(get_number(client, "connected_seconds"), text[0]),
+		format_count(sum_requests(requests), text[1]),
+		format_amount(
+			get_number(json_object_get(requests, "read"), "bytes"), 1024, text[2]),
+		format_amount(
+			get_number(json_object_get(requests, "write"), "bytes"), 1024, text[3]),
+		(unsigned long long)get_number(client, "in_flight"), get_text(client, "peer"),
+		get_flag(client, "read_only") ? ", read-only" : "", *tls ? ", " : "", tls);
+}
+
+void show_clients(const json_t *clients)
+{
+	int export_columns = 6;
+	const json_t *client;
+	size_t i;
+
+	json_array_foreach(clients, i, client)
+		export_columns = MAX(export_columns, columns_of(client_export(client)));
+	printf("%6s  ", "ID");
+	print_padded("EXPORT", export_columns);
+	printf("  %6s  %8s  %8s  %8s  %6s  %s\n", "SINCE", "REQUESTS", "READ", "WRITTEN", "FLIGHT",
+		"CLIENT");
+	json_array_foreach(clients, i, client) show_client(client, export_columns);
+}
+
 /* --- status: rows of the table ---------------------------------------------------------------- */
 
 static void show_header(void)

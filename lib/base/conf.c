@@ -175,6 +175,7 @@ static const char *const opt_type_texts[] = {
 	[OPT_ENUM] = "a text in quotes",
 	[OPT_STRINGS] = "a list of texts in quotes",
 	[OPT_LIST] = "a list of groups: ( { ... }, { ... } )",
+	[OPT_MIXED] = "a list of texts and groups: ( \"...\", { ... } )",
 };
 
 static int wrong_type(const struct opt *opt, const struct conf *item, struct err *err)
@@ -260,6 +261,25 @@ static int check_items(
 	return 0;
 }
 
+static bool is_text_or_group(const struct conf *item)
+{
+	return item->type == CONF_STRING || item->type == CONF_GROUP;
+}
+
+static int parse_mixed(
+	const struct opt *opt, const struct conf *item, const struct conf **field, struct err *err)
+{
+	*field = item;
+	if (is_text_or_group(item))
+		return 0;
+	if (item->type != CONF_LIST)
+		return wrong_type(opt, item, err);
+	for (size_t i = 0; i < item->item_count; i++)
+		if (!is_text_or_group(item->items[i]))
+			return wrong_type(opt, item->items[i], err);
+	return 0;
+}
+
 /* Checks item against its row and stores it; each case ends with the type that conf.h names. */
 static int parse_item(const struct opt *opt, const struct conf *item, void *field, struct err *err)
 {
@@ -272,6 +292,8 @@ static int parse_item(const struct opt *opt, const struct conf *item, void *fiel
 
 	if (opt->type == OPT_SIZE)
 		return parse_size(opt, item, field, err);
+	if (opt->type == OPT_MIXED)
+		return parse_mixed(opt, item, field, err);
 	if (opt->type == OPT_STRINGS && item->type == CONF_STRING) {
 		*(const struct conf **)field = item;
 		return 0;
@@ -297,6 +319,7 @@ static int parse_item(const struct opt *opt, const struct conf *item, void *fiel
 		return check_items(
 			opt, item, opt->type == OPT_LIST ? CONF_GROUP : CONF_STRING, err);
 	case OPT_SIZE:
+	case OPT_MIXED:
 		break;
 	}
 	abort();
@@ -311,7 +334,8 @@ static void store_fallback(const struct opt *opt, void *field)
 		[OPT_STRING] = sizeof(char *),
 		[OPT_ENUM] = sizeof(int),
 		[OPT_STRINGS] = sizeof(struct conf *),
-		[OPT_LIST] = sizeof(struct conf *) };
+		[OPT_LIST] = sizeof(struct conf *),
+		[OPT_MIXED] = sizeof(struct conf *) };
 	struct conf text = { .type = CONF_STRING, .string = (char *)opt->fallback };
 	int ret = 0;
 
@@ -334,6 +358,7 @@ static void store_fallback(const struct opt *opt, void *field)
 		break;
 	case OPT_STRINGS:
 	case OPT_LIST:
+	case OPT_MIXED:
 		ret = -EINVAL;
 	}
 	if (ret < 0)

@@ -55,6 +55,7 @@ enum opt_type {
 	OPT_ENUM,   /* int: the index in choices */
 	OPT_STRINGS, /* const struct conf *: a list of strings, or one alone; see conf_strings_get() */
 	OPT_LIST,    /* const struct conf *: a list of groups (a stack, the exports) */
+	OPT_MIXED, /* const struct conf *: a list of strings and groups, or one alone */
 };
 
 /* What an OPT_STRINGS field holds, item by item; NULL (not given) has no items. */

@@ -83,6 +83,7 @@ struct nbd_conn {
 	enum nbd_form form;
 	bool allocation; /* the client may ask for block status */
 	char *peer;
+	uint64_t id; /* of the visitor */
 	uint64_t since_ns;
 	struct stream stream;
 	struct nbd_counters counters;
@@ -110,6 +111,9 @@ struct nbd_conn {
 	struct task send_ready;
 	int error; /* -errno when the connection is broken: nothing is sent any more */
 };
+
+/* export.c. An item of "clients" in nbd_export_status(). */
+json_t *nbd_conn_status(const struct nbd_conn *conn);
 
 /* receive.c. 0 at a clean end. */
 suspends int nbd_receive_requests(struct nbd_conn *conn);

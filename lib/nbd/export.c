@@ -13,6 +13,7 @@
 #include "base/log.h"
 #include "base/util.h"
 #include "nbd/conn.h"
+#include "rt/tls.h"
 
 /*
  * What a unix socket holds for the client to fetch: with the system's 208 KiB a reply of 1 MiB takes five
@@ -44,7 +45,7 @@ void nbd_export_init(struct nbd_export *export, const char *name, const char *de
 	co_group_init(&export->serving);
 }
 
-uint16_t nbd_export_flags(const struct nbd_export *export)
+uint16_t nbd_export_flags(const struct nbd_export *export, bool read_only)
 {
 	const struct blk_caps *caps = blk_caps(export->blk);
 	uint16_t flags = NBD_FLAG_HAS_FLAGS | NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA |
@@ -52,7 +53,7 @@ uint16_t nbd_export_flags(const struct nbd_export *export)
 
 	/* A flush reaches the stack, which all connections share: "NBD_FLAG_CAN_MULTI_CONN". */
 	flags |= NBD_FLAG_CAN_MULTI_CONN;
-	if (export->read_only || caps->read_only)
+	if (read_only || export->read_only || caps->read_only)
 		return flags | NBD_FLAG_READ_ONLY;
 	/* Where it gives no space back, a trim of a free terabyte would write a terabyte of zeroes. */
 	if (caps->discard)
@@ -80,7 +81,8 @@ static struct nbd_conn *conn_create(struct nbd_export *export, const struct nbd_
 		return NULL;
 	conn->export = export;
 	conn->limits = limits;
-	conn->read_only = session->read_only || (nbd_export_flags(export) & NBD_FLAG_READ_ONLY);
+	conn->id = session->id;
+	conn->read_only = nbd_export_flags(export, session->read_only) & NBD_FLAG_READ_ONLY;
 	conn->form = session->form;
 	conn->allocation = session->allocation;
 	conn->since_ns = reactor_now_ns();
@@ -148,14 +150,17 @@ suspends int nbd_serve(struct nbd_export *export, const struct nbd_session *sess
 	struct nbd_conn *conn = export->closing ? NULL : conn_create(export, session);
 
 	if (!conn) {
+		tls_free(session->tls);
 		close(session->fd);
 		return export->closing ? -ESHUTDOWN : -ENOMEM;
 	}
 	int ret = stream_init(&conn->stream, session->fd);
 	if (ret) {
+		tls_free(session->tls);
 		conn_free(conn);
 		return ret;
 	}
+	stream_set_tls(&conn->stream, session->tls);
 	enlarge_send_buffer(session->fd);
 	list_push_back(&export->conns, &conn->link);
 	co_group_enter(&export->serving);
@@ -223,12 +228,17 @@ static void put_counters(json_t *object, const struct nbd_counters *counters)
 	json_object_set_new(object, "errors", json_integer((json_int_t)counters->errors));
 }
 
-static json_t *client_status(const struct nbd_conn *conn)
+json_t *nbd_conn_status(const struct nbd_conn *conn)
 {
 	uint64_t age_ns = reactor_now_ns() - conn->since_ns;
+	const struct tls *tls = conn->stream.tls;
 	json_t *client = json_object();
 
+	json_object_set_new(client, "id", json_integer((json_int_t)conn->id));
 	json_object_set_new(client, "peer", json_string(conn->peer));
+	json_object_set_new(
+		client, "export", conn->export ? json_string(conn->export->name) : json_null());
+	json_object_set_new(client, "tls", json_string_nocheck(tls ? tls_text(tls) : ""));
 	json_object_set_new(
 		client, "connected_seconds", json_integer((json_int_t)(age_ns / NS_PER_SEC)));
 	json_object_set_new(client, "read_only", json_boolean(conn->read_only));
@@ -248,7 +258,7 @@ json_t *nbd_export_status(struct nbd_export *export)
 		struct nbd_conn *conn = list_entry(link, struct nbd_conn, link);
 
 		add_counters(&sum, &conn->counters);
-		json_array_append_new(clients, client_status(conn));
+		json_array_append_new(clients, nbd_conn_status(conn));
 	}
 	json_object_set_new(
 		status, "connections", json_integer((json_int_t)json_array_size(clients)));

@@ -13,15 +13,21 @@
  * What was negotiated (the form of replies, metadata contexts) is kept in the handshake and forgotten at
  * once by nbd_negotiation_forget(), as it has to be when TLS begins.
  *
+ * TLS ("TLS support"): where it is required, nothing but NBD_OPT_STARTTLS and NBD_OPT_ABORT is answered
+ * before it is there. What a client said in the clear is forgotten when it begins. An export that the
+ * client may not enter is like one that does not exist.
+ *
  * NBD_REP_ERR_BLOCK_SIZE_REQD is never sent: it is for servers that do not take the default sizes.
  */
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/log.h"
 #include "base/util.h"
 #include "nbd/handshake.h"
 #include "nbd/proto.h"
+#include "rt/tls.h"
 
 /* Option data that does not fit is skipped up to this length; a longer one ends the connection. */
 #define SKIP_MAX_BYTES (1U << 20)
@@ -102,14 +108,27 @@ void nbd_negotiation_forget(struct nbd_handshake *handshake)
 
 /* --- exports ---------------------------------------------------------------------------------- */
 
+static bool may_enter(const struct nbd_handshake *handshake, const struct nbd_export *export)
+{
+	const struct nbd_visitor *visitor = handshake->visitor;
+
+	return !visitor->may_enter || visitor->may_enter(visitor, export);
+}
+
+bool nbd_lacks_tls(const struct nbd_handshake *handshake, const struct nbd_export *export)
+{
+	return export->tls_required && !handshake->stream.tls;
+}
+
 struct nbd_export *nbd_find_export(
 	struct nbd_handshake *handshake, const uint8_t *name, size_t name_bytes)
 {
 	list_for_each (link, &handshake->server->exports) {
 		struct nbd_export *export = list_entry(link, struct nbd_export, link);
 
-		if (!name_bytes || (strlen(export->name) == name_bytes &&
-					   !memcmp(export->name, name, name_bytes)))
+		if ((!name_bytes || (strlen(export->name) == name_bytes &&
+					    !memcmp(export->name, name, name_bytes))) &&
+			may_enter(handshake, export))
 			return export;
 	}
 	return NULL;
@@ -124,6 +143,7 @@ static bool is_full(const struct nbd_export *export)
 struct properties {
 	struct nbd_export *export;
 	uint16_t negotiated_flags; /* set by the caller */
+	bool read_only;            /* too: whatever the export is */
 	uint64_t size;
 	uint16_t flags;
 	uint32_t preferred_bytes;
@@ -135,7 +155,8 @@ static suspends void look_up_properties(void *arg)
 	const struct blk_caps *caps = blk_caps(properties->export->blk);
 
 	properties->size = caps->size;
-	properties->flags = nbd_export_flags(properties->export) | properties->negotiated_flags;
+	properties->flags = nbd_export_flags(properties->export, properties->read_only) |
+			    properties->negotiated_flags;
 	properties->preferred_bytes = MAX(caps->preferred_size, PREFERRED_BLOCK_BYTES);
 	properties->preferred_bytes = MIN(properties->preferred_bytes, BLK_REQUEST_MAX);
 }
@@ -157,6 +178,7 @@ static suspends struct properties properties_of(
 	struct properties properties = {
 		.export = export,
 		.negotiated_flags = negotiated_flags(handshake, export),
+		.read_only = handshake->visitor->read_only,
 	};
 
 	co_call_on(export->home, look_up_properties, &properties);
@@ -172,6 +194,8 @@ static suspends int option_export_name(struct nbd_handshake *handshake)
 
 	if (!export || is_full(export))
 		return export ? -EUSERS : -ENOENT;
+	if (nbd_lacks_tls(handshake, export))
+		return -EPERM;
 	if (handshake->form == NBD_EXTENDED)
 		return -EPROTO; /* not allowed any more: "NBD_OPT_EXTENDED_HEADERS" */
 	co_group_enter(&export->clients);
@@ -206,6 +230,8 @@ static suspends int option_list(struct nbd_handshake *handshake)
 	}
 	list_for_each (link, &handshake->server->exports) {
 		struct nbd_export *export = list_entry(link, struct nbd_export, link);
+		if (!may_enter(handshake, export) || nbd_lacks_tls(handshake, export))
+			continue;
 		uint32_t name_bytes = (uint32_t)strlen(export->name);
 		struct {
 			be32 name_bytes;
@@ -302,6 +328,10 @@ static suspends int option_info(struct nbd_handshake *handshake)
 		nbd_option_error(handshake, NBD_REP_ERR_UNKNOWN, "there is no export of that name");
 		return NEXT_OPTION;
 	}
+	if (nbd_lacks_tls(handshake, export)) {
+		nbd_option_error(handshake, NBD_REP_ERR_TLS_REQD, "this export needs TLS");
+		return NEXT_OPTION;
+	}
 	if (handshake->option == NBD_OPT_GO && is_full(export)) {
 		nbd_option_error(
 			handshake, NBD_REP_ERR_POLICY, "the export has as many clients as allowed");
@@ -343,13 +373,50 @@ static suspends int option_meta(struct nbd_handshake *handshake)
 	return NEXT_OPTION;
 }
 
+/* "NBD_OPT_STARTTLS". A handshake that fails ends the connection: no plain byte may follow. */
+static suspends int start_tls(struct nbd_handshake *handshake)
+{
+	const struct nbd_visitor *visitor = handshake->visitor;
+	struct tls *session;
+	struct err err;
+
+	nbd_option_ack(handshake);
+	int ret = send_replies(handshake);
+	if (ret)
+		return ret;
+	ret = tls_accept(
+		&handshake->stream, visitor->tls_server, handshake->deadline_ns, &session, &err);
+	if (ret) {
+		log_debug("nbd: client %s: %s", visitor->peer, err.text);
+		return ret;
+	}
+	stream_set_tls(&handshake->stream, session);
+	nbd_negotiation_forget(handshake);
+	return NEXT_OPTION;
+}
+
+static suspends int option_starttls(struct nbd_handshake *handshake)
+{
+	if (handshake->len)
+		nbd_option_error(handshake, NBD_REP_ERR_INVALID, "NBD_OPT_STARTTLS has no data");
+	else if (handshake->stream.tls)
+		nbd_option_error(handshake, NBD_REP_ERR_INVALID, "TLS is on already");
+	else if (handshake->visitor->tls == NBD_TLS_OFF)
+		nbd_option_error(handshake, NBD_REP_ERR_POLICY, "TLS is off here");
+	else
+		return start_tls(handshake);
+	return NEXT_OPTION;
+}
+
 static const struct option {
 	uint32_t number;
 	suspends int (*answer)(struct nbd_handshake *handshake);
+	bool always_plain; /* answered without TLS even where that is required */
 } options[] = {
 	{ NBD_OPT_EXPORT_NAME, option_export_name },
-	{ NBD_OPT_ABORT, option_abort },
+	{ NBD_OPT_ABORT, option_abort, .always_plain = true },
 	{ NBD_OPT_LIST, option_list },
+	{ NBD_OPT_STARTTLS, option_starttls, .always_plain = true },
 	{ NBD_OPT_INFO, option_info },
 	{ NBD_OPT_GO, option_info },
 	{ NBD_OPT_STRUCTURED_REPLY, option_form },
@@ -417,15 +484,24 @@ static bool is_unwelcome(const struct nbd_handshake *handshake)
 	return handshake->server->closing && handshake->option != NBD_OPT_ABORT;
 }
 
+static bool needs_tls_first(const struct nbd_handshake *handshake, const struct option *option)
+{
+	return handshake->visitor->tls == NBD_TLS_REQUIRED && !handshake->stream.tls &&
+	       !(option && option->always_plain);
+}
+
 /* option: NULL when it is unknown. */
 static int refuse_option(struct nbd_handshake *handshake, const struct option *option)
 {
 	if (handshake->option == NBD_OPT_EXPORT_NAME) /* no other way to refuse it */
-		return is_unwelcome(handshake) ? -ESHUTDOWN : -ENAMETOOLONG;
+		return is_unwelcome(handshake) ? -ESHUTDOWN : -EPERM;
 	if (handshake->option == NBD_OPT_SET_META_CONTEXT)
 		nbd_meta_forget(handshake);
 	if (is_unwelcome(handshake))
 		nbd_option_error(handshake, NBD_REP_ERR_SHUTDOWN, "the server is shutting down");
+	else if (needs_tls_first(handshake, option))
+		nbd_option_error(
+			handshake, NBD_REP_ERR_TLS_REQD, "TLS is required: NBD_OPT_STARTTLS first");
 	else if (option)
 		nbd_option_error(handshake, NBD_REP_ERR_TOO_BIG, "the data is too long");
 	else
@@ -445,7 +521,8 @@ static suspends int answer_option(struct nbd_handshake *handshake)
 	handshake->option = be32_get(header.option);
 	handshake->len = be32_get(header.len);
 	const struct option *option = find_option(handshake->option);
-	if (!option || handshake->len > sizeof(handshake->data) || is_unwelcome(handshake)) {
+	if (!option || handshake->len > sizeof(handshake->data) || is_unwelcome(handshake) ||
+		needs_tls_first(handshake, option)) {
 		ret = skip_data(handshake);
 		if (!ret)
 			ret = refuse_option(handshake, option);

@@ -12,6 +12,8 @@
 struct nbd_handshake {
 	struct list link; /* in server->handshakes */
 	struct nbd_server *server;
+	const struct nbd_visitor *visitor;
+	uint64_t since_ns;
 	struct stream stream;
 	uint64_t deadline_ns;
 	bool no_zeroes;
@@ -44,7 +46,9 @@ void nbd_option_reply(struct nbd_handshake *handshake, uint32_t type, const void
 void nbd_option_ack(struct nbd_handshake *handshake);
 /* The text is for the client's user. */
 void nbd_option_error(struct nbd_handshake *handshake, uint32_t type, const char *text);
-/* An empty name is the default export. NULL when there is none of that name. */
+/* The export is for clients with TLS, and this one has none: NBD_REP_ERR_TLS_REQD. */
+bool nbd_lacks_tls(const struct nbd_handshake *handshake, const struct nbd_export *export);
+/* An empty name is the default export. NULL when there is none of that name for this client. */
 struct nbd_export *nbd_find_export(
 	struct nbd_handshake *handshake, const uint8_t *name, size_t name_bytes);
 

@@ -135,6 +135,8 @@ void nbd_meta_answer(struct nbd_handshake *handshake)
 	const struct nbd_export *export = nbd_find_export(handshake, name, name_bytes);
 	if (!export)
 		nbd_option_error(handshake, NBD_REP_ERR_UNKNOWN, "there is no export of that name");
+	else if (nbd_lacks_tls(handshake, export))
+		nbd_option_error(handshake, NBD_REP_ERR_TLS_REQD, "this export needs TLS");
 	else
 		answer(handshake, export, found || (lists && !count));
 }

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "base/util.h"
+#include "nbd/conn.h"
 #include "nbd/handshake.h"
 
 void nbd_server_init(struct nbd_server *server, const struct nbd_limits *limits)
@@ -109,8 +110,8 @@ static suspends void serve(void *arg)
 }
 
 /* Fills in the session; chosen is NULL when there is none to serve. */
-static suspends int handshake(
-	struct nbd_server *server, struct nbd_session *session, struct nbd_export **chosen)
+static suspends int handshake(struct nbd_server *server, const struct nbd_visitor *visitor,
+	struct nbd_session *session, struct nbd_export **chosen)
 {
 	struct nbd_handshake *handshake = calloc(1, sizeof(*handshake));
 
@@ -119,7 +120,9 @@ static suspends int handshake(
 		return -ENOMEM;
 	}
 	handshake->server = server;
-	handshake->deadline_ns = reactor_now_ns() + server->limits.handshake_ns;
+	handshake->visitor = visitor;
+	handshake->since_ns = reactor_now_ns();
+	handshake->deadline_ns = handshake->since_ns + server->limits.handshake_ns;
 	int ret = stream_init(&handshake->stream, session->fd);
 	if (!ret) {
 		list_push_back(&server->handshakes, &handshake->link);
@@ -128,6 +131,7 @@ static suspends int handshake(
 		*chosen = handshake->chosen;
 		session->form = handshake->form;
 		session->allocation = *chosen && nbd_meta_selected(handshake, *chosen);
+		session->tls = *chosen ? stream_take_tls(&handshake->stream) : NULL;
 		if (*chosen)
 			session->fd = stream_release(&handshake->stream);
 		else
@@ -139,7 +143,7 @@ static suspends int handshake(
 	return ret;
 }
 
-suspends int nbd_client(struct nbd_server *server, int fd, const char *peer)
+suspends int nbd_client(struct nbd_server *server, int fd, const struct nbd_visitor *visitor)
 {
 	struct nbd_export *export = NULL;
 
@@ -149,9 +153,13 @@ suspends int nbd_client(struct nbd_server *server, int fd, const char *peer)
 	}
 	co_group_enter(&server->clients);
 	struct serve_call call = {
-		.session = { .fd = fd, .limits = &server->limits, .peer = peer },
+		.session = { .fd = fd,
+			.limits = &server->limits,
+			.peer = visitor->peer,
+			.id = visitor->id,
+			.read_only = visitor->read_only },
 	};
-	int ret = handshake(server, &call.session, &export);
+	int ret = handshake(server, visitor, &call.session, &export);
 	if (export) {
 		call.export = export;
 		co_call_on(export->home, serve, &call);
@@ -160,4 +168,84 @@ suspends int nbd_client(struct nbd_server *server, int fd, const char *peer)
 	}
 	co_group_leave(&server->clients);
 	return ret;
+}
+
+/* --- who is inside ---------------------------------------------------------------------------- */
+
+/* A client that has no export yet tells the same as one that has, with nothing counted. */
+json_t *nbd_server_handshakes(const struct nbd_server *server)
+{
+	json_t *clients = json_array();
+
+	list_for_each (link, &server->handshakes) {
+		struct nbd_handshake *handshake = list_entry(link, struct nbd_handshake, link);
+		const struct nbd_conn conn = {
+			.peer = (char *)handshake->visitor->peer,
+			.id = handshake->visitor->id,
+			.read_only = handshake->visitor->read_only,
+			.since_ns = handshake->since_ns,
+			.stream.tls = handshake->stream.tls,
+		};
+
+		json_array_append_new(clients, nbd_conn_status(&conn));
+	}
+	return clients;
+}
+
+struct disconnect_call {
+	struct nbd_export *export;
+	uint64_t id;
+	bool found;
+};
+
+static suspends void disconnect(void *arg)
+{
+	struct disconnect_call *call = arg;
+
+	list_for_each (link, &call->export->conns) {
+		struct nbd_conn *conn = list_entry(link, struct nbd_conn, link);
+
+		if (conn->id != call->id)
+			continue;
+		call->found = true;
+		nbd_conn_break(conn, -ECONNABORTED);
+	}
+}
+
+/* The export is kept from going away by counting us among its clients. */
+static suspends bool disconnect_from(struct nbd_export *export, uint64_t id)
+{
+	struct disconnect_call call = { .export = export, .id = id };
+
+	co_group_enter(&export->clients);
+	co_call_on(export->home, disconnect, &call);
+	co_group_leave(&export->clients);
+	return call.found;
+}
+
+suspends int nbd_disconnect(struct nbd_server *server, uint64_t id)
+{
+	if (!id)
+		return -ENOENT;
+	list_for_each (link, &server->handshakes) {
+		struct nbd_handshake *handshake = list_entry(link, struct nbd_handshake, link);
+
+		if (handshake->visitor->id != id)
+			continue;
+		stream_cancel(&handshake->stream);
+		return 0;
+	}
+	/* The list may change while an export is asked: the next one is looked up by how many were. */
+	for (unsigned asked = 0;; asked++) {
+		struct nbd_export *export = NULL;
+		unsigned index = 0;
+
+		list_for_each (link, &server->exports)
+			if (index++ == asked)
+				export = list_entry(link, struct nbd_export, link);
+		if (!export)
+			return -ENOENT;
+		if (disconnect_from(export, id))
+			return 0;
+	}
 }

@@ -58,6 +58,26 @@ struct nbd_counters {
 	uint64_t errors; /* answered with an error, ill-formed ones included */
 };
 
+/* --- who comes in ----------------------------------------------------------------------------- */
+
+struct nbd_export;
+struct tls;
+struct tls_server;
+
+/* What a listener expects of its clients. */
+enum nbd_tls { NBD_TLS_OFF, NBD_TLS_ON, NBD_TLS_REQUIRED };
+
+/* A client as the one who lets it in sees it. Outlives the call it is given to. */
+struct nbd_visitor {
+	const char *peer; /* for status and log, e.g. "127.0.0.1:40312" */
+	uint64_t id; /* for nbd_disconnect(), unique among clients; 0: it cannot be disconnected */
+	enum nbd_tls tls;
+	struct tls_server *tls_server; /* not NULL unless tls is off */
+	bool read_only;                /* also where the export is not */
+	/* Whether the export is there for this client; NULL: all are. Server's reactor. */
+	bool (*may_enter)(const struct nbd_visitor *visitor, const struct nbd_export *export);
+};
+
 /* --- exports ---------------------------------------------------------------------------------- */
 
 /* A disk as clients see it. Embedded in the owner's struct; the owner sets the first part. */
@@ -67,6 +87,7 @@ struct nbd_export {
 	struct blk *blk; /* home only; there it may be exchanged for another one of the same size */
 	struct reactor *home; /* blk's; transmission runs there */
 	bool read_only;       /* whatever blk allows */
+	bool tls_required;    /* clients without TLS are told that they need it */
 	unsigned max_clients; /* nbd_client() at once; 0: any number */
 
 	/* On the server's reactor. */
@@ -91,8 +112,11 @@ void nbd_export_init(struct nbd_export *export, const char *name, const char *de
  */
 suspends void nbd_export_close(struct nbd_export *export, uint64_t grace_ns);
 
-/* The transmission flags as clients are told (NBD_FLAG_..., proto.h); the kernel wants the same. */
-uint16_t nbd_export_flags(const struct nbd_export *export);
+/*
+ * The transmission flags as clients are told (NBD_FLAG_..., proto.h); the kernel wants the same.
+ * read_only: also when the export is not.
+ */
+uint16_t nbd_export_flags(const struct nbd_export *export, bool read_only);
 
 /* Home reactor. {"connections": n, "requests": {"read": {"requests", "bytes"}, ...}, "errors", "clients": [...]} */
 json_t *nbd_export_status(struct nbd_export *export);
@@ -109,6 +133,8 @@ struct nbd_session {
 	int fd; /* connected; nbd_serve() takes it over */
 	const struct nbd_limits *limits;
 	const char *peer; /* who it is, for status and log */
+	uint64_t id;      /* of the visitor, 0: none */
+	struct tls *tls;  /* on the socket, taken over too; NULL: none */
 	bool read_only;   /* also when the export is not */
 	enum nbd_form form;
 	bool allocation; /* the metadata context base:allocation was selected */
@@ -148,5 +174,11 @@ void nbd_server_stop(struct nbd_server *server);
  */
 suspends void nbd_server_close(struct nbd_server *server, uint64_t grace_ns);
 
-/* Takes fd over. peer: who it is, for status and log, e.g. "127.0.0.1:40312". 0 or -errno as nbd_serve(). */
-suspends int nbd_client(struct nbd_server *server, int fd, const char *peer);
+/* Takes fd over. 0 or -errno as nbd_serve(). */
+suspends int nbd_client(struct nbd_server *server, int fd, const struct nbd_visitor *visitor);
+
+/* Clients that have not chosen an export yet, as "clients" of nbd_export_status(): "export" is null. */
+json_t *nbd_server_handshakes(const struct nbd_server *server);
+
+/* Cuts the connection of the client with that id. -ENOENT when there is none. */
+suspends int nbd_disconnect(struct nbd_server *server, uint64_t id);

@@ -57,9 +57,10 @@ static suspends void serve(void *arg)
 		.form = form_of(session->mode),
 		.allocation = session->mode & (MODE_STRUCTURED | MODE_EXTENDED),
 	};
+	const struct nbd_visitor visitor = { .peer = "fuzzer" };
 
 	if (session->mode & MODE_HANDSHAKE)
-		nbd_client(&session->server, session->server_fd, "fuzzer");
+		nbd_client(&session->server, session->server_fd, &visitor);
 	else
 		nbd_serve(&session->export, &transmission);
 }

@@ -198,8 +198,10 @@ static suspends void rig_client_run(void *arg)
 	struct rig_client client = *(struct rig_client *)arg;
 	struct rig *rig = client.rig;
 
+	const struct nbd_visitor visitor = { .peer = "test" };
+
 	rig->last_ret = client.export ? nbd_serve(client.export, &client.session)
-				      : nbd_client(&rig->server, client.session.fd, "test");
+				      : nbd_client(&rig->server, client.session.fd, &visitor);
 }
 
 static suspends void rig_client_start(void *arg)
