@@ -63,7 +63,7 @@ static json_t *text_json(const char *text)
 
 	if (string)
 		return string;
-	for (; text[len] && len < sizeof(plain) - 1; len++)
+	for (; len < sizeof(plain) - 1 && text[len]; len++)
 		plain[len] = text[len] < ' ' ? '?' : text[len];
 	plain[len] = '\0';
 	return json_string(plain);
