@@ -322,6 +322,59 @@ suspends CO_TEST(test_read_only_leaves_the_secondary_alone)
 	test_stack_close(&stack);
 }
 
+/* Somebody else resizes a leg: the mirror ends, and nobody is harmed. */
+suspends CO_TEST(test_leg_resized_by_somebody_else)
+{
+	struct conf *conf = conf_build("( { layer = 'memory'; name = 'x'; } )");
+	struct test_stack stack;
+	struct blk *other;
+	struct err err;
+	char buf[512] = "";
+
+	test_stack_open(&stack, "( { layer = 'mirror'; overwrite = true; secondary = ( { layer = "
+				"'memory'; size = '1M' } ) },"
+				"  { layer = 'memory'; name = 'x'; size = '1M' } )");
+
+	struct mirror *mirror = mirror_of(&stack);
+
+	wait_phase(mirror, MIRROR_IN_SYNC);
+	ck_assert_int_eq(stack_open(conf, &stack.env, false, &other, &err), 0);
+	ck_assert_int_eq(blk_resize(other, 3 << 20, 0, &err), 0);
+	while (mirror->phase != MIRROR_DETACHED)
+		mirror_wait_change(&mirror->blk, reactor_now_ns() + NS_PER_MS);
+	ck_assert_str_eq(mirror->note, "ended: the primary was resized to 3145728 bytes");
+	ck_assert_uint_eq(blk_caps(stack.top)->size, 3 << 20);
+	ck_assert_int_eq(blk_write(stack.top, 2 << 20, buf, sizeof(buf), 0), 0);
+	ck_assert_int_eq(blk_flush(stack.top), 0);
+	stack_close(other);
+	test_stack_close(&stack);
+	conf_free(conf);
+}
+
+/* mkfs does that. */
+suspends CO_TEST(test_whole_disk_at_once)
+{
+	uint64_t size = UINT64_C(3) << 30;
+	struct test_stack stack;
+
+	test_stack_open(&stack, "( { layer = 'mirror'; overwrite = true; secondary = ( { layer = "
+				"'memory'; size = '3G' } ) },"
+				"  { layer = 'memory'; size = '3G' } )");
+
+	struct mirror *mirror = mirror_of(&stack);
+
+	wait_phase(mirror, MIRROR_IN_SYNC);
+	fill_leg(&mirror->blk, size - 100000, 100000, 'z');
+	fill_leg(&mirror->blk, 1000, 100000, 'z');
+	ck_assert_int_eq(blk_discard(&mirror->blk, 1001, size - 1001, 0), 0);
+	ck_assert(leg_holds(mirror->secondary, 1000, 1, 'z'));
+	ck_assert(leg_holds(mirror->secondary, 1001, 200000, 0));
+	ck_assert(leg_holds(mirror->secondary, size - 200000, 200000, 0));
+	ck_assert(leg_holds(mirror->primary, size - 200000, 200000, 0));
+	ck_assert(mirror_in_sync(&mirror->blk));
+	test_stack_close(&stack);
+}
+
 int main(void)
 {
 	Suite *suite = suite_create("mirror");
@@ -334,6 +387,8 @@ int main(void)
 	tcase_add_test(tcase, test_unequal_block_sizes);
 	tcase_add_test(tcase, test_fast_zero_refused_changes_nothing);
 	tcase_add_test(tcase, test_pause_and_rate);
+	tcase_add_test(tcase, test_leg_resized_by_somebody_else);
+	tcase_add_test(tcase, test_whole_disk_at_once);
 	tcase_add_test(tcase, test_read_only_leaves_the_secondary_alone);
 	suite_add_tcase(suite, tcase);
 	return co_test_suite(suite);

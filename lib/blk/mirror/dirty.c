@@ -8,7 +8,8 @@
  *
  * Recent: a bit per region (of 1 MiB or more, at most 65536 of them) that was written on the secondary and
  * perhaps is not durable there. When the secondary fails, it may come back without these writes (its machine lost
- * power): then they are dirty. The settler makes them durable every few seconds, by a flush of both legs: what
+ * power): then they are dirty. The settler makes them durable every few seconds, by a flush (of both legs where
+ * there is a log, which may forget only what is durable on both): what
  * was recent when it began is `settling` meanwhile, and nothing afterwards. A change that is under way when
  * it begins may be missed by the flush, so it is marked again then.
  *
@@ -195,7 +196,7 @@ static suspends void settle(struct mirror *mirror)
 	begin_settling(mirror);
 
 	struct leg_op *op = leg_begin(mirror, LEG_FLUSH, 0, 0, 0, NULL);
-	int primary_ret = blk_flush(mirror->primary);
+	int primary_ret = mirror->log.blk ? blk_flush(mirror->primary) : 0;
 	int ret = leg_end(op);
 
 	if (ret)

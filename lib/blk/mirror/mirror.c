@@ -140,18 +140,36 @@ static suspends int mirror_write(
 	return change_any(to_mirror(blk), &change);
 }
 
+/*
+ * In parts: a whole disk at once could take the secondary longer than the time it has. When the first part could
+ * be zeroed fast and another one cannot, it is zeroed as it goes.
+ */
+static suspends int clear(
+	struct mirror *mirror, enum leg_kind kind, uint64_t off, uint64_t len, unsigned flags)
+{
+	int ret = 0;
+
+	while (len && !ret) {
+		uint64_t part = MIN(
+			len, (uint64_t)MIRROR_CLEAR_MAX_BYTES - off % MIRROR_CLEAR_MAX_BYTES);
+		struct change change = { kind, off, part, flags, NULL };
+
+		ret = change_any(mirror, &change);
+		flags &= ~(unsigned)BLK_FAST_ZERO;
+		off += part;
+		len -= part;
+	}
+	return ret;
+}
+
 static suspends int mirror_zero(struct blk *blk, uint64_t off, uint64_t len, unsigned flags)
 {
-	struct change change = { LEG_ZERO, off, len, flags, NULL };
-
-	return change_any(to_mirror(blk), &change);
+	return clear(to_mirror(blk), LEG_ZERO, off, len, flags);
 }
 
 static suspends int mirror_discard(struct blk *blk, uint64_t off, uint64_t len, unsigned flags)
 {
-	struct change change = { LEG_DISCARD, off, len, flags, NULL };
-
-	return change_any(to_mirror(blk), &change);
+	return clear(to_mirror(blk), LEG_DISCARD, off, len, flags);
 }
 
 /* --- the other requests ----------------------------------------------------------------------- */
