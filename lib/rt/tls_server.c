@@ -98,7 +98,7 @@ static bool subject_allowed(const struct tls_server *server, const char *subject
 	return !server->subject_count;
 }
 
-/* The subject of the client's certificate; -errno when there is none. */
+/* The subject of the client's certificate, as RFC 4514 writes it; -errno when there is none. */
 static int peer_subject(gnutls_session_t session, char *subject, size_t max_bytes)
 {
 	unsigned count = 0;
@@ -107,25 +107,40 @@ static int peer_subject(gnutls_session_t session, char *subject, size_t max_byte
 
 	if (!count || gnutls_x509_crt_init(&cert))
 		return -ENOENT;
+	gnutls_datum_t name = {};
 	int ret = gnutls_x509_crt_import(cert, &chain[0], GNUTLS_X509_FMT_DER);
 	if (!ret)
-		ret = gnutls_x509_crt_get_dn(cert, subject, &max_bytes);
+		ret = gnutls_x509_crt_get_dn3(cert, &name, 0);
 	gnutls_x509_crt_deinit(cert);
-	return ret ? -EINVAL : 0;
+	if (!ret && name.size < max_bytes)
+		strcpy(subject, (const char *)name.data);
+	else
+		ret = -EINVAL;
+	gnutls_free(name.data);
+	return ret;
+}
+
+/* What is wrong with the client's certificate: GNUTLS_CERT_... flags, 0 for nothing. */
+static unsigned certificate_faults(gnutls_session_t session)
+{
+	gnutls_typed_vdata_st purpose = {
+		.type = GNUTLS_DT_KEY_PURPOSE_OID,
+		.data = (unsigned char *)GNUTLS_KP_TLS_WWW_CLIENT,
+	};
+	unsigned status = 0;
+
+	if (gnutls_certificate_verify_peers(session, &purpose, 1, &status))
+		return GNUTLS_CERT_INVALID;
+	return status;
 }
 
 /* Called by GnuTLS when the client's certificate is there; anything but 0 ends the handshake. */
 static int verify_client(gnutls_session_t session)
 {
 	const struct tls_server *server = gnutls_session_get_ptr(session);
-	gnutls_typed_vdata_st purpose = {
-		.type = GNUTLS_DT_KEY_PURPOSE_OID,
-		.data = (unsigned char *)GNUTLS_KP_TLS_WWW_CLIENT,
-	};
 	char subject[1024];
-	unsigned status = 0;
 
-	if (gnutls_certificate_verify_peers(session, &purpose, 1, &status) || status)
+	if (certificate_faults(session))
 		return GNUTLS_E_CERTIFICATE_VERIFICATION_ERROR;
 	if (peer_subject(session, subject, sizeof(subject)) || !subject_allowed(server, subject))
 		return GNUTLS_E_CERTIFICATE_ERROR;
@@ -280,7 +295,7 @@ static int certificate_fault(gnutls_session_t session, struct err *err)
 {
 	gnutls_datum_t words = {};
 	char subject[1024];
-	unsigned status = gnutls_session_get_verify_cert_status(session);
+	unsigned status = certificate_faults(session);
 
 	if (peer_subject(session, subject, sizeof(subject)))
 		strcpy(subject, "?");
@@ -289,7 +304,7 @@ static int certificate_fault(gnutls_session_t session, struct err *err)
 		err_set(err, EPROTO, "TLS: refused the certificate of \"%s\": %s", subject,
 			words.data);
 	else
-		err_set(err, EPROTO, "TLS: refused the certificate of \"%s\"", subject);
+		err_set(err, EPROTO, "TLS: tls-allow does not have \"%s\"", subject);
 	gnutls_free(words.data);
 	return -EPROTO;
 }
