@@ -273,6 +273,28 @@ CO_TEST(test_met)
 	}
 }
 
+/* A flag without a table: nothing is mapped there, and a write gets a table as anywhere else. */
+CO_TEST(test_flag_without_table)
+{
+	struct bytes image;
+	struct test_stack stack;
+	uint8_t byte = 7, found = 1;
+
+	image_must("qemu-img create -q -f qcow2 good.qcow2 64M");
+	image = load("good.qcow2");
+	apply(&image, &(struct patch){ L1_ENTRY(0), 8, COPIED });
+	image_write_file("bad.qcow2", image.data, image.len);
+	test_stack_open(&stack, "( { layer = 'qcow' }, { layer = 'file'; path = 'bad.qcow2' } )");
+	ck_assert_int_eq(blk_read(stack.top, 0, &found, 1), 0);
+	ck_assert_uint_eq(found, 0);
+	ck_assert_int_eq(blk_write(stack.top, 0, &byte, 1, 0), 0);
+	ck_assert_int_eq(blk_read(stack.top, 0, &found, 1), 0);
+	ck_assert_uint_eq(found, 7);
+	test_stack_close(&stack);
+	image_check("bad.qcow2", false);
+	free(image.data);
+}
+
 /* --- random damage ---------------------------------------------------------------------------- */
 
 /* Values that tables are damaged with: near what is valid, and far from it. */
@@ -467,6 +489,7 @@ int main(void)
 	tcase_add_test(tcase, test_refused);
 	tcase_add_test(tcase, test_cut_short);
 	tcase_add_test(tcase, test_met);
+	tcase_add_test(tcase, test_flag_without_table);
 	tcase_add_test(tcase, test_random_damage);
 	tcase_add_test(tcase, test_escapes);
 	tcase_add_test(tcase, test_loops);

@@ -289,6 +289,12 @@ static suspends int fill_new_table(struct qcow *q, uint64_t new_off, uint64_t ol
 	return 0;
 }
 
+/* In a damaged image the flag may stand beside no table at all. */
+static bool table_is_ours(const struct qcow *q, uint64_t l1_index)
+{
+	return q->l1[l1_index] & QCOW_ENTRY_COPIED && q->l1[l1_index] & QCOW_ENTRY_OFF_MASK;
+}
+
 /* Gives l1_index an L2 table that is ours alone. */
 static suspends int own_l2_table(struct qcow *q, uint64_t l1_index)
 {
@@ -298,7 +304,7 @@ static suspends int own_l2_table(struct qcow *q, uint64_t l1_index)
 
 	co_mutex_lock(&q->l2_mutex);
 	old_off = q->l1[l1_index] & QCOW_ENTRY_OFF_MASK;
-	if (q->l1[l1_index] & QCOW_ENTRY_COPIED)
+	if (table_is_ours(q, l1_index))
 		goto out;
 	ret = old_off ? check_l1_entry(q, l1_index) : 0;
 	if (!ret)
@@ -340,7 +346,7 @@ suspends int qcow_entry_get(struct qcow *q, uint64_t guest_off, struct slice **s
 {
 	uint64_t l1_index = l1_index_of(q, guest_off);
 
-	while (!(q->l1[l1_index] & QCOW_ENTRY_COPIED)) {
+	while (!table_is_ours(q, l1_index)) {
 		int ret = own_l2_table(q, l1_index);
 
 		if (ret)
