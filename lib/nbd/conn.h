@@ -13,8 +13,11 @@
  * true meanwhile: the receiver sends the replies when it is through. Replies that become ready at any
  * other time are sent by a task at the end of the reactor's turn.
  *
- * Memory: `slots` bounds the requests, `buffered_bytes` what they hold. When either is used up the
- * receiver waits for `room`, so a client that does not read its replies fills its own share and stops.
+ * Memory: `slots` bounds the requests, `buffered_bytes` what they hold, and an export's connections
+ * share what the export may have. When any of it is used up the receiver waits for `room`, so a client that
+ * does not read its replies fills its own share and stops.
+ *
+ * Fairness: after a bounded amount of work the receiver lets the others run, however much it has at hand.
  */
 #pragma once
 
@@ -92,15 +95,19 @@ struct nbd_conn {
 	struct nbd_chunk *chunk;
 	size_t pos, fill; /* chunk->data[pos..fill) is received and not yet used */
 	bool batching;
-	bool between_requests; /* the receiver waits for the first byte of a request */
-	bool stopping;         /* no more requests, please */
+	bool between_requests;  /* the receiver waits for the first byte of a request */
+	bool stopping;          /* no more requests, please */
+	unsigned turn_requests; /* started since the receiver last let others run */
+	uint64_t turn_bytes;
 
 	/* requests */
 	struct nbd_request *slots; /* limits->requests of them */
 	struct list free;
 	unsigned in_flight;      /* slots in use: from the complete request to the sent reply */
 	uint64_t buffered_bytes; /* chunks and payload buffers */
-	struct co_queue room;    /* woken whenever one of the above goes down */
+	unsigned max_requests;   /* this connection's share */
+	uint64_t max_buffered_bytes;
+	struct co_queue room; /* woken whenever one of the above goes down */
 
 	/* replies */
 	struct list ready;
@@ -109,6 +116,12 @@ struct nbd_conn {
 	size_t sent_bytes;  /* of the first one in ready */
 	bool sending;       /* the sender coroutine runs */
 	struct task send_ready;
+
+	/* idleness */
+	struct timer idle_timer;
+	unsigned moved, moved_before; /* counts receives and sends */
+	unsigned still_ticks;         /* since it last changed */
+
 	int error; /* -errno when the connection is broken: nothing is sent any more */
 };
 

@@ -27,7 +27,15 @@ const struct nbd_limits nbd_limits_default = {
 	.handshake_options = 64, /* the busiest clients send about ten */
 	.requests = 256,         /* the kernel and libnbd users keep 64 to 128 in flight */
 	.buffer_bytes = 32U << 20,
+	.export_requests = 4096, /* sixteen connections get all they can use */
+	.export_buffer_bytes = 256U << 20,
 };
+
+/* The least a connection gets: what it receives into, and as much for a request or two. */
+#define SHARE_MIN_BYTES (2 * NBD_CHUNK_BYTES)
+
+/* Nothing has moved for so many parts of the idle time: then it has passed. */
+#define IDLE_TICKS 4
 
 void nbd_export_init(struct nbd_export *export, const char *name, const char *description,
 	struct blk *blk, struct reactor *home, bool read_only)
@@ -100,6 +108,52 @@ static struct nbd_conn *conn_create(struct nbd_export *export, const struct nbd_
 	return conn;
 }
 
+/* After one has come or gone: each gets its even share, at once. What is held already is not taken back. */
+static void share_out(struct nbd_export *export)
+{
+	list_for_each (link, &export->conns) {
+		struct nbd_conn *conn = list_entry(link, struct nbd_conn, link);
+		const struct nbd_limits *limits = conn->limits;
+		unsigned requests = MAX(limits->export_requests / export->conn_count, 1U);
+		uint64_t bytes = MAX(limits->export_buffer_bytes / export->conn_count,
+			(uint64_t)SHARE_MIN_BYTES);
+
+		conn->max_requests = MIN(limits->requests, requests);
+		conn->max_buffered_bytes = MIN(limits->buffer_bytes, bytes);
+		co_queue_wake_all(&conn->room);
+	}
+}
+
+static void enter(struct nbd_export *export, struct nbd_conn *conn)
+{
+	co_group_enter(&export->serving);
+	list_push_back(&export->conns, &conn->link);
+	export->conn_count++;
+	share_out(export);
+}
+
+static void leave(struct nbd_export *export, struct nbd_conn *conn)
+{
+	list_remove(&conn->link);
+	export->conn_count--;
+	share_out(export);
+	co_group_leave(&export->serving);
+}
+
+/* Cuts a client that neither sends nor reads, unless it waits for the disk. */
+static void idle_tick(struct timer *timer)
+{
+	struct nbd_conn *conn = container_of(timer, struct nbd_conn, idle_timer);
+	bool still = conn->moved == conn->moved_before && conn->in_flight == conn->ready_count;
+
+	conn->still_ticks = still ? conn->still_ticks + 1 : 0;
+	conn->moved_before = conn->moved;
+	if (conn->still_ticks > IDLE_TICKS)
+		nbd_conn_break(conn, -ETIMEDOUT);
+	else
+		timer_arm(timer, reactor_now_ns() + conn->limits->idle_ns / IDLE_TICKS);
+}
+
 static void enlarge_send_buffer(int fd)
 {
 	const int bytes = UNIX_SEND_BUFFER_BYTES;
@@ -162,18 +216,20 @@ suspends int nbd_serve(struct nbd_export *export, const struct nbd_session *sess
 	}
 	stream_set_tls(&conn->stream, session->tls);
 	enlarge_send_buffer(session->fd);
-	list_push_back(&export->conns, &conn->link);
-	co_group_enter(&export->serving);
+	enter(export, conn);
+	timer_init(&conn->idle_timer, idle_tick);
+	if (conn->limits->idle_ns)
+		idle_tick(&conn->idle_timer);
 	ret = nbd_receive_requests(conn);
 	if (ret)
 		log_debug("nbd: export \"%s\": client %s: %s", export->name, conn->peer,
 			strerror(-ret));
+	timer_cancel(&conn->idle_timer);
 	conn_finish(conn);
 	stream_fini(&conn->stream);
-	list_remove(&conn->link);
 	add_counters(&export->counters, &conn->counters);
+	leave(export, conn);
 	conn_free(conn);
-	co_group_leave(&export->serving);
 	return ret;
 }
 

@@ -32,6 +32,14 @@
  */
 #define SKIP_MAX_BYTES (256U << 20)
 
+/*
+ * The work after which others get their turn, if there is more at hand. A client that keeps 64 requests in flight, or
+ * less, never notices.
+ * The reactor looks at its sockets after at most sixteen such turns.
+ */
+#define TURN_REQUESTS 64
+#define TURN_BYTES    (256U << 10)
+
 /* --- memory ----------------------------------------------------------------------------------- */
 
 static void *buffer_get(struct nbd_conn *conn, size_t size_bytes)
@@ -109,8 +117,8 @@ static bool has_room(const struct nbd_conn *conn, size_t size_bytes)
 {
 	if (!conn->in_flight)
 		return true; /* one request alone always may */
-	return !list_empty(&conn->free) &&
-	       conn->buffered_bytes + size_bytes <= conn->limits->buffer_bytes;
+	return conn->in_flight < conn->max_requests &&
+	       conn->buffered_bytes + size_bytes <= conn->max_buffered_bytes;
 }
 
 /* Waits until there is a slot and so much memory for one more request. */
@@ -124,6 +132,21 @@ static suspends int wait_for_room(struct nbd_conn *conn, size_t size_bytes)
 		conn->batching = true;
 	}
 	return conn->error;
+}
+
+static bool has_had_its_turn(const struct nbd_conn *conn)
+{
+	return conn->pos < conn->fill &&
+	       (conn->turn_requests >= TURN_REQUESTS || conn->turn_bytes >= TURN_BYTES);
+}
+
+static suspends void let_others_run(struct nbd_conn *conn)
+{
+	pause_batch(conn);
+	co_yield ();
+	conn->batching = true;
+	conn->turn_requests = 0;
+	conn->turn_bytes = 0;
 }
 
 /* --- bytes ------------------------------------------------------------------------------------ */
@@ -160,16 +183,22 @@ static suspends int make_space(struct nbd_conn *conn, size_t len_bytes)
 }
 
 /* One receive. The count of bytes, 0 at the end of the stream, or -errno. */
+static suspends ssize_t receive(struct nbd_conn *conn, void *buf, size_t max_bytes)
+{
+	pause_batch(conn);
+	ssize_t got = stream_recv(&conn->stream, buf, max_bytes, NO_DEADLINE);
+	conn->batching = true;
+	conn->moved++;
+	conn->turn_requests = 0;
+	conn->turn_bytes = 0;
+	return conn->error ? conn->error : got;
+}
+
 static suspends ssize_t receive_some(struct nbd_conn *conn)
 {
 	size_t space = NBD_CHUNK_DATA_BYTES - conn->fill;
+	ssize_t got = receive(conn, conn->chunk->data + conn->fill, space);
 
-	pause_batch(conn);
-	ssize_t got = stream_recv(
-		&conn->stream, conn->chunk->data + conn->fill, space, NO_DEADLINE);
-	conn->batching = true;
-	if (conn->error)
-		return conn->error;
 	if (got > 0)
 		conn->fill += (size_t)got;
 	return got;
@@ -244,13 +273,16 @@ static suspends int receive_into_buffer(struct nbd_conn *conn, struct nbd_reques
 		return -ENOMEM;
 	memcpy(request->payload, conn->chunk->data + conn->pos, have);
 	conn->pos = conn->fill;
-	pause_batch(conn);
-	ret = stream_recv_exact(
-		&conn->stream, request->payload + have, request->len - have, NO_DEADLINE);
-	conn->batching = true;
-	if (ret)
-		nbd_payload_put(request);
-	return ret;
+	while (have < request->len) {
+		ssize_t got = receive(conn, request->payload + have, request->len - have);
+
+		if (got <= 0) {
+			nbd_payload_put(request);
+			return got ? (int)got : -ECONNRESET;
+		}
+		have += (size_t)got;
+	}
+	return 0;
 }
 
 static suspends int receive_payload(struct nbd_conn *conn, struct nbd_request *request)
@@ -278,6 +310,8 @@ static suspends int start_request(
 	*request = *received;
 	list_init(&request->link);
 	conn->in_flight++;
+	conn->turn_requests++;
+	conn->turn_bytes += request->payload ? request->len : nbd_request_buffer_bytes(request);
 	if (refusal.error)
 		nbd_refuse(request, refusal);
 	else
@@ -412,6 +446,8 @@ suspends int nbd_receive_requests(struct nbd_conn *conn)
 		ret = receive_request(conn);
 		if (ret)
 			break;
+		if (has_had_its_turn(conn))
+			let_others_run(conn);
 	}
 	pause_batch(conn);
 	chunk_put(conn, conn->chunk);

@@ -25,6 +25,9 @@ _Static_assert(ARRAY_LEN(((struct nbd_fragments *)0)->pieces) <= PIECES_PER_SEND
 #define SEND_AT_REPLIES 32
 #define SEND_AT_BYTES   (256U << 10)
 
+/* What is waited for at once while the socket is full: a slow client is seen to get on. */
+#define SENDER_STEP_BYTES (256U << 10)
+
 /* Gives slot and memory back, and lets the receiver know. */
 static void release(struct nbd_request *request)
 {
@@ -45,8 +48,11 @@ struct gathered {
 	size_t bytes;
 };
 
-/* The replies that are ready, from the first unsent byte on, as far as they fit into one call. */
-static void gather(const struct nbd_conn *conn, struct gathered *all)
+/*
+ * The replies that are ready, from the first unsent byte on, as far as they fit into one call, and the first
+ * max_bytes of them.
+ */
+static void gather(const struct nbd_conn *conn, struct gathered *all, size_t max_bytes)
 {
 	size_t skip_bytes = conn->sent_bytes;
 
@@ -60,21 +66,22 @@ static void gather(const struct nbd_conn *conn, struct gathered *all)
 		for (unsigned i = 0; i < request->piece_count; i++) {
 			const struct iovec *piece = &request->pieces[i];
 			size_t skipped = MIN(skip_bytes, piece->iov_len);
+			size_t bytes = MIN(piece->iov_len - skipped, max_bytes - all->bytes);
 
 			skip_bytes -= skipped;
-			if (skipped < piece->iov_len)
+			if (bytes)
 				all->iov[all->count++] = (struct iovec){
-					(char *)piece->iov_base + skipped, piece->iov_len - skipped
+					(char *)piece->iov_base + skipped, bytes
 				};
+			all->bytes += bytes;
 		}
-		all->bytes += request->reply_bytes;
 	}
-	all->bytes -= conn->sent_bytes;
 }
 
 /* So many more bytes are in the socket. */
 static void sent(struct nbd_conn *conn, size_t bytes)
 {
+	conn->moved += bytes != 0;
 	conn->ready_bytes -= bytes;
 	conn->sent_bytes += bytes;
 	while (!list_empty(&conn->ready)) {
@@ -117,7 +124,7 @@ static suspends void sender(void *arg)
 	while (!conn->error && !list_empty(&conn->ready)) {
 		struct gathered all;
 
-		gather(conn, &all);
+		gather(conn, &all, SENDER_STEP_BYTES);
 		size_t bytes = all.bytes;
 		int ret = stream_send(&conn->stream, all.iov, all.count, NO_DEADLINE);
 		if (ret)
@@ -136,7 +143,7 @@ void nbd_reply_send(struct nbd_conn *conn)
 	while (!conn->sending && !list_empty(&conn->ready)) {
 		struct gathered all;
 
-		gather(conn, &all);
+		gather(conn, &all, SIZE_MAX);
 		ssize_t bytes = stream_send_some(&conn->stream, all.iov, all.count);
 		if (bytes < 0) {
 			nbd_conn_break(conn, (int)bytes);

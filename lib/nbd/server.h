@@ -34,6 +34,11 @@ struct nbd_limits {
 	unsigned handshake_options; /* per handshake */
 	unsigned requests;          /* in flight per connection, 1..NBD_REQUESTS_MAX */
 	uint64_t buffer_bytes;      /* per connection; one single request may exceed it */
+	uint64_t idle_ns; /* a connection on which nothing moves for so long is cut; 0: never */
+
+	/* Per export: its connections share these evenly, each has one request at least. */
+	unsigned export_requests;
+	uint64_t export_buffer_bytes;
 };
 
 #define NBD_REQUESTS_MAX 4096
@@ -95,7 +100,8 @@ struct nbd_export {
 	struct co_group clients; /* nbd_client() calls that have chosen this export */
 
 	/* On the home reactor. */
-	struct list conns;       /* of struct nbd_conn */
+	struct list conns; /* of struct nbd_conn */
+	unsigned conn_count;
 	struct co_group serving; /* nbd_serve() calls */
 	bool closing;            /* nbd_serve() refuses with -ESHUTDOWN */
 	struct nbd_counters
