@@ -139,6 +139,24 @@ CO_TEST(test_other_size)
 	image_check("image.qcow2", false);
 }
 
+/* qemu-img ends a new image's file inside the cluster of the L1 table: entries beyond are zeroes not there yet. */
+CO_TEST(test_grow_new_image)
+{
+	struct test_stack stack;
+	struct err err;
+
+	image_must("qemu-img create -q -f qcow2 image.qcow2 8M");
+	open_image(&stack);
+	ck_assert_msg(!blk_resize(stack.top, 4096 * MIB, 0, &err), "%s", err.text);
+	fill(stack.top, 4000 * MIB, MIB, 1);
+	test_stack_close(&stack);
+	image_check("image.qcow2", false);
+	open_image(&stack);
+	ck_assert_uint_eq(blk_caps(stack.top)->size, 4096 * MIB);
+	expect(stack.top, 4000 * MIB, MIB, 1);
+	test_stack_close(&stack);
+}
+
 CO_TEST(test_refusals)
 {
 	struct qcow_check_result result;
@@ -300,6 +318,7 @@ int main(void)
 	tcase_set_timeout(tcase, 120);
 	tcase_add_test(tcase, test_life);
 	tcase_add_test(tcase, test_other_size);
+	tcase_add_test(tcase, test_grow_new_image);
 	tcase_add_test(tcase, test_refusals);
 	tcase_add_test(tcase, test_failing_storage);
 	tcase_add_test(tcase, test_compaction_meets_others);

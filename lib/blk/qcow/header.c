@@ -377,6 +377,16 @@ suspends int qcow_header_store(struct qcow *q)
 	return qcow_header_write(q->blk.below, &q->header);
 }
 
+/* An image may end anywhere; tables are written by whole sectors, up to the end of their cluster. */
+static suspends int complete_last_cluster(struct qcow *q)
+{
+	uint64_t file_size = blk_caps(q->blk.below)->size;
+
+	if (!q->below_grows || is_aligned(file_size, q->cluster_size))
+		return 0;
+	return blk_resize(q->blk.below, round_up(file_size, q->cluster_size), 0, NULL);
+}
+
 suspends int qcow_begin_writing(struct qcow *q)
 {
 	uint64_t autoclear = q->header.autoclear & QCOW_AUTOCLEAR_RAW_DATA_FILE;
@@ -386,6 +396,9 @@ suspends int qcow_begin_writing(struct qcow *q)
 		return -EIO;
 	if (likely(q->began_writing))
 		return 0;
+	int ret = complete_last_cluster(q);
+	if (ret)
+		return ret;
 	if (q->opt_lazy_refcounts)
 		incompatible |= QCOW_INCOMPAT_DIRTY;
 	if (autoclear != q->header.autoclear || incompatible != q->header.incompatible) {
@@ -393,7 +406,7 @@ suspends int qcow_begin_writing(struct qcow *q)
 
 		q->header.autoclear = autoclear;
 		q->header.incompatible = incompatible;
-		int ret = qcow_header_store(q);
+		ret = qcow_header_store(q);
 		if (!ret)
 			ret = blk_flush(q->blk.below);
 		if (ret) {
