@@ -41,6 +41,7 @@ struct settings {
 	const struct conf *listen;
 	const char *listen_mode, *listen_group;
 	int64_t max_connections, handshake_timeout_s, stop_timeout_s, reactors;
+	struct config_limits limits;
 	int engine;
 	const struct conf *exports;
 };
@@ -65,6 +66,22 @@ static const struct opt settings_options[] = {
 		.max = 65536, .help = "NBD clients at once, of all exports together" },
 	{ "handshake-timeout", OPT_INT, offsetof(struct settings, handshake_timeout_s), "10",
 		.min = 1, .max = 3600, .help = "seconds an NBD client has to choose an export" },
+	{ "handshake-options", OPT_INT, offsetof(struct settings, limits.handshake_options), "64",
+		.min = 8, .max = 65536, .help = "options an NBD client may send in its handshake" },
+	{ "idle-timeout", OPT_INT, offsetof(struct settings, limits.idle_timeout_s), "0", .min = 0,
+		.max = 86400,
+		.help = "seconds after which an NBD client on which nothing moves is cut; 0: "
+			"never" },
+	{ "max-requests", OPT_INT, offsetof(struct settings, limits.requests), "256", .min = 1,
+		.max = 4096, .help = "requests in flight on one connection" },
+	{ "max-buffer", OPT_SIZE, offsetof(struct settings, limits.buffer_bytes), "32M",
+		.min = 1 << 20, .help = "memory that one connection may take" },
+	{ "export-max-requests", OPT_INT, offsetof(struct settings, limits.export_requests), "4096",
+		.min = 1, .max = 1 << 20,
+		.help = "requests in flight of one export, which its connections share evenly" },
+	{ "export-max-buffer", OPT_SIZE, offsetof(struct settings, limits.export_buffer_bytes),
+		"256M", .min = 1 << 20,
+		.help = "memory that the connections of one export share evenly" },
 	{ "stop-timeout", OPT_INT, offsetof(struct settings, stop_timeout_s), "30", .min = 1,
 		.max = 3600, .help = "seconds requests in flight have when the daemon stops" },
 	{ "engine", OPT_ENUM, offsetof(struct settings, engine), "auto", .choices = engines,
@@ -333,6 +350,7 @@ static int take_settings(struct config *config, const struct settings *settings,
 	config_set_control(config, settings->control);
 	config->max_connections = settings->max_connections;
 	config->handshake_timeout_s = settings->handshake_timeout_s;
+	config->limits = settings->limits;
 	config->stop_timeout_s = settings->stop_timeout_s;
 	config->engine = engines[settings->engine];
 	return ret;

@@ -48,6 +48,14 @@ struct config_export {
 	const struct conf *conf;    /* the export's group */
 };
 
+/* What clients of the NBD door may use; see struct nbd_limits. */
+struct config_limits {
+	int64_t idle_timeout_s; /* 0: none */
+	int64_t handshake_options;
+	int64_t requests, export_requests;
+	uint64_t buffer_bytes, export_buffer_bytes;
+};
+
 struct config {
 	char *path;
 	struct conf *root; /* owned; everything below points into it */
@@ -65,6 +73,7 @@ struct config {
 	gid_t listen_gid;            /* and their group; (gid_t)-1: as it comes */
 	int64_t max_connections;     /* of all exports together, handshakes included */
 	int64_t handshake_timeout_s; /* a client that has not chosen an export by then is dropped */
+	struct config_limits limits;
 
 	const char *engine;     /* "auto", "uring" or "threads" */
 	unsigned reactor_count; /* threads, at least 1 */

@@ -250,6 +250,12 @@ int nbd_door_open(struct nbd_door **opened, const struct config *config, struct 
 		return err_set(err, ENOMEM, "no memory for the NBD door");
 	}
 	limits.handshake_ns = (uint64_t)config->handshake_timeout_s * NS_PER_SEC;
+	limits.handshake_options = (unsigned)config->limits.handshake_options;
+	limits.idle_ns = (uint64_t)config->limits.idle_timeout_s * NS_PER_SEC;
+	limits.requests = (unsigned)config->limits.requests;
+	limits.buffer_bytes = config->limits.buffer_bytes;
+	limits.export_requests = (unsigned)config->limits.export_requests;
+	limits.export_buffer_bytes = config->limits.export_buffer_bytes;
 	nbd_server_init(&door->server, &limits);
 	co_group_init(&door->clients);
 	door->client_max = (unsigned)config->max_connections;
