@@ -287,6 +287,11 @@ static void put_counters(json_t *object, const struct nbd_counters *counters)
 json_t *nbd_conn_status(const struct nbd_conn *conn)
 {
 	uint64_t age_ns = reactor_now_ns() - conn->since_ns;
+	static const char *const form_names[] = {
+		[NBD_SIMPLE] = "simple",
+		[NBD_STRUCTURED] = "structured",
+		[NBD_EXTENDED] = "extended",
+	};
 	const struct tls *tls = conn->stream.tls;
 	json_t *client = json_object();
 
@@ -298,9 +303,13 @@ json_t *nbd_conn_status(const struct nbd_conn *conn)
 	json_object_set_new(
 		client, "connected_seconds", json_integer((json_int_t)(age_ns / NS_PER_SEC)));
 	json_object_set_new(client, "read_only", json_boolean(conn->read_only));
+	json_object_set_new(client, "replies", json_string(form_names[conn->form]));
 	json_object_set_new(client, "in_flight", json_integer(conn->in_flight));
+	json_object_set_new(client, "max_in_flight", json_integer(conn->max_requests));
 	json_object_set_new(
 		client, "buffered_bytes", json_integer((json_int_t)conn->buffered_bytes));
+	json_object_set_new(
+		client, "max_buffered_bytes", json_integer((json_int_t)conn->max_buffered_bytes));
 	put_counters(client, &conn->counters);
 	return client;
 }
