@@ -339,6 +339,44 @@ suspends CO_TEST(test_log_that_cannot_be_written)
 	leave_scratch();
 }
 
+static suspends void write_at_3m(void *arg)
+{
+	struct mirror *mirror = arg;
+	char buf[4096] = "w";
+
+	ck_assert_int_eq(blk_write(&mirror->blk, 3 << 20, buf, sizeof(buf), 0), 0);
+}
+
+/* A flush does not cover a write that is under way when it begins: its bit stays. */
+suspends CO_TEST(test_settling_during_a_write)
+{
+	struct fault_rules slow = { .delay_ops = FAULT_WRITE, .delay_us = 100000 };
+	struct test_stack stack;
+	struct co_group group;
+
+	go_to_scratch();
+	make_synced(&stack);
+
+	struct mirror *mirror = mirror_of(&stack);
+
+	mirror_settle(mirror);
+	ck_assert(!bitmap_test(mirror->log.durable, 3));
+	fault_set(fault_find(mirror->secondary), &slow);
+	co_group_init(&group);
+	co_group_start(&group, write_at_3m, mirror);
+	while (list_empty(&mirror->writes.held) || !bitmap_test(mirror->log.durable, 3))
+		co_sleep_ns(0);
+	mirror_settle(mirror);
+	mirror_settle(mirror);
+	ck_assert_uint_eq(group.running, 1);
+	ck_assert(bitmap_test(mirror->log.durable, 3));
+	co_group_wait(&group);
+	mirror_settle(mirror);
+	ck_assert(!bitmap_test(mirror->log.durable, 3));
+	test_stack_close(&stack);
+	leave_scratch();
+}
+
 int main(void)
 {
 	Suite *suite = suite_create("mirror_log");
@@ -352,6 +390,7 @@ int main(void)
 	tcase_add_test(tcase, test_damaged_log);
 	tcase_add_test(tcase, test_other_disks_log);
 	tcase_add_test(tcase, test_promoted_and_cancelled);
+	tcase_add_test(tcase, test_settling_during_a_write);
 	tcase_add_test(tcase, test_log_that_cannot_be_written);
 	suite_add_tcase(suite, tcase);
 	return co_test_suite(suite);
