@@ -439,9 +439,12 @@ START_TEST(test_wrong_form)
 {
 	struct chunk_client client = client_of(forms[_i]);
 
+	static const char rest[64];
+
 	client.form = forms[!_i];
 	chunk_request(&client, NBD_CMD_READ, 0, 0, 512);
-	chunk_request(&client, NBD_CMD_READ, 0, 0, 512);
+	/* The other header may be longer; and the server may have left already. */
+	(void)!send(client.fd, rest, sizeof(rest), MSG_NOSIGNAL);
 	rig_expect_end(client.fd);
 	ck_assert_int_eq(rig_all_left(&rig), -EPROTO);
 }
