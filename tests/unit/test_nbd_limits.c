@@ -1,8 +1,9 @@
 /*
  * Limits and fairness: idle clients, shares of an export, clients that would keep the server to themselves,
- * and 500 connections of which 100 are stuck.
+ * 500 connections of which 100 are stuck, and what is left after hundreds of bad ones.
  */
 #include <fcntl.h>
+#include <malloc.h>
 #include <sys/resource.h>
 
 #include "nbd_rig.h"
@@ -276,6 +277,57 @@ START_TEST(test_many_connections)
 }
 END_TEST
 
+/* --- again and again --------------------------------------------------------------------------- */
+
+/* A client in some phase and form that sends something, sensible or not, and vanishes. */
+static void abuse(struct seed *seed)
+{
+	struct nbd_session session = {
+		.form = (enum nbd_form)seed_below(seed, 3),
+		.allocation = seed_below(seed, 2),
+		.read_only = true, /* what is written takes memory, too */
+	};
+	uint8_t noise[512];
+	int fd = seed_below(seed, 2) ? rig_connect(&rig)
+				     : rig_connect_as(&rig, &rig.exports[0].nbd, session);
+
+	for (unsigned i = 0; i < seed_below(seed, 8); i++) {
+		struct nbd_request_header header = rig_header((uint16_t)seed_below(seed, 9), 0, i,
+			seed_below(seed, RIG_SIZE), (uint32_t)seed_below(seed, 100000));
+
+		send(fd, &header, sizeof(header), MSG_NOSIGNAL); /* it may have been cut already */
+	}
+	for (size_t i = 0; i < sizeof(noise); i++)
+		noise[i] = (uint8_t)seed_below(seed, 256);
+	send(fd, noise, seed_below(seed, sizeof(noise)), MSG_NOSIGNAL);
+	close(fd);
+	rig_all_left(&rig);
+}
+
+START_TEST(test_soak)
+{
+	struct seed seed = seed_start("soak");
+	size_t bytes_before = 0;
+	unsigned fds_before = 0;
+
+	limits.linger_ns = 10 * NS_PER_MS;
+	rig_start(&rig, &limits, NULL);
+	for (int i = 0; i < 1000; i++) {
+		if (i == 100) { /* pools are filled by now */
+			bytes_before = mallinfo2().uordblks;
+			fds_before = rig_open_fds();
+		}
+		abuse(&seed);
+	}
+	ck_assert_uint_eq(rig_open_fds(), fds_before);
+	/* Pools come and go by 100 KiB or so, however long it runs; a connection left behind has 64. */
+	ck_assert_uint_le(mallinfo2().uordblks, bytes_before + (256 << 10));
+	int fd = rig_serve(&rig);
+	rig_expect_alive(fd);
+	rig_disconnect(fd);
+}
+END_TEST
+
 int main(void)
 {
 	Suite *suite = suite_create("nbd limits");
@@ -288,6 +340,7 @@ int main(void)
 	tcase_add_test(tcase, test_shares);
 	tcase_add_test(tcase, test_turns);
 	tcase_add_test(tcase, test_many_connections);
+	tcase_add_test(tcase, test_soak);
 	suite_add_tcase(suite, tcase);
 
 	SRunner *runner = srunner_create(suite);
