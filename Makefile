@@ -64,7 +64,7 @@ FUZZ_SRC   := $(wildcard tests/fuzz/*.c)
 
 LIB_OBJ    := $(LIB_SRC:%.c=$O/%.o)
 DAEMON_OBJ := $(DAEMON_SRC:%.c=$O/%.o)
-CTL_OBJ    := $(CTL_SRC:%.c=$O/%.o)
+CTL_OBJ    := $(CTL_SRC:%.c=$O/%.o) $O/daemon/kernel-sysfs.o $O/daemon/kernel-users.o
 IMG_OBJ    := $(IMG_SRC:%.c=$O/%.o)
 
 PROGRAMS := $(if $(wildcard daemon/main.c),$O/blkstackd) $(if $(CTL_SRC),$O/blkstackctl) \

@@ -4,7 +4,7 @@
 _blkstackctl() {
 	local word=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD - 1]}
 	local commands="list status resize flush discard attach detach mirror compact check snapshot"
-	commands+=" clients disconnect shutdown call version"
+	commands+=" clients disconnect shutdown call doctor version"
 	local socket=() operands=() i
 
 	# What stands on the line already: the command, its operands, and another socket.
@@ -14,7 +14,7 @@ _blkstackctl() {
 			[[ ${COMP_WORDS[i + 1]} == "=" ]] && ((i++)) # bash makes three words of --socket=PATH
 			socket=(--socket "${COMP_WORDS[++i]}")
 			;;
-		-r | --rate) ((i++)) ;;
+		-r | --rate | --config | --root) ((i++)) ;;
 		-[a-zA-Z-]*) ;;
 		*) operands+=("${COMP_WORDS[i]}") ;;
 		esac
@@ -22,7 +22,7 @@ _blkstackctl() {
 
 	local candidates=""
 	case $previous in
-	-s | --socket | =)
+	-s | --socket | --config | --root | =)
 		mapfile -t COMPREPLY < <(compgen -f -- "$word")
 		return
 		;;
@@ -40,6 +40,7 @@ _blkstackctl() {
 		compact) candidates+=" --rate --cancel --more" ;;
 		snapshot) [[ ${operands[1]:-} == apply ]] && candidates+=" --force" ;;
 		call) candidates+=" --more" ;;
+		doctor) candidates+=" --config --root" ;;
 		"") candidates+=" --version" ;;
 		esac
 	elif ((${#operands[@]} == 0)); then

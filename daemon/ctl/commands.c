@@ -346,6 +346,8 @@ const struct ctl_command ctl_commands[] = {
 		"METHOD without dots is one of org.blkstack. JSON is an object of parameters.\n"
 		"With --more, replies are printed as the work goes on, where the method has any.\n",
 		run_call },
+	{ "doctor", "", 0, 0, CTL_DOCTOR, "tell what on this machine stands in the way",
+		ctl_doctor_help, ctl_doctor_run },
 	{ "version", "", 0, 0, 0, "show the versions of command and daemon", NULL, run_version },
 	{},
 };

@@ -7,6 +7,7 @@
  *	mirror.c	the command "mirror", which has several of its own
  *	qcow.c		the commands for exports with a qcow layer
  *	show.c		tables for people
+ *	doctor*.c	the command "doctor"; see doctor.h
  */
 #pragma once
 
@@ -35,12 +36,19 @@ struct ctl_mirror {
 	bool overwrite, paused, keep;
 };
 
+/* Options of the command "doctor" alone. */
+struct ctl_doctor {
+	const char *given; /* the last one, NULL: none */
+	const char *config, *root;
+};
+
 struct ctl {
 	const struct ctl_command *command;
 	const char *socket_path;
 	bool json, force, more, cancel; /* options */
 	uint64_t rate_bytes_s;          /* 0: no limit */
 	struct ctl_mirror mirror;
+	struct ctl_doctor doctor;
 	int fd;       /* -1 until the first call */
 	char *buffer; /* received, not yet looked at */
 	size_t used_bytes, size_bytes;
@@ -52,6 +60,7 @@ enum ctl_option {
 	CTL_RATE = 1 << 2,
 	CTL_CANCEL = 1 << 3,
 	CTL_MIRROR = 1 << 4,
+	CTL_DOCTOR = 1 << 5,
 };
 
 struct ctl_command {
@@ -83,6 +92,13 @@ enum ctl_exit ctl_fail(enum ctl_exit status, const char *fmt, ...)
 enum ctl_exit ctl_mirror_option(struct ctl_mirror *options, char ***words, bool *taken);
 enum ctl_exit ctl_mirror_run(struct ctl *ctl, const char **operands, int operand_count);
 extern const char ctl_mirror_help[];
+
+/* --- doctor.c --------------------------------------------------------------------------------- */
+
+/* As ctl_mirror_option(). */
+enum ctl_exit ctl_doctor_option(struct ctl_doctor *options, char ***words, bool *taken);
+enum ctl_exit ctl_doctor_run(struct ctl *ctl, const char **operands, int operand_count);
+extern const char ctl_doctor_help[];
 
 /* --- client.c --------------------------------------------------------------------------------- */
 

@@ -106,6 +106,8 @@ static enum ctl_exit parse_option(struct ctl *ctl, struct command_line *line, ch
 	bool taken;
 	enum ctl_exit status = ctl_mirror_option(&ctl->mirror, words, &taken);
 
+	if (!status && !taken)
+		status = ctl_doctor_option(&ctl->doctor, words, &taken);
 	if (status || taken)
 		return status;
 	if (is_option(word, "-h", "--help"))
@@ -164,9 +166,9 @@ static const struct ctl_command *find_command(const char *name)
 	return NULL;
 }
 
-static enum ctl_exit check_usage(const struct ctl_command *command, const struct command_line *line,
-	const char *mirror_option)
+static enum ctl_exit check_usage(const struct ctl *ctl, const struct command_line *line)
 {
+	const struct ctl_command *command = ctl->command;
 	int given = line->operand_count - 1;
 
 	if (given < command->min_operands || given > command->max_operands)
@@ -176,8 +178,10 @@ static enum ctl_exit check_usage(const struct ctl_command *command, const struct
 		return ctl_fail(CTL_USAGE, "%s knows no --force", command->name);
 	if (line->more && !(command->options & CTL_MORE))
 		return ctl_fail(CTL_USAGE, "%s knows no --more", command->name);
-	if (mirror_option && !(command->options & CTL_MIRROR))
-		return ctl_fail(CTL_USAGE, "%s knows no %s", command->name, mirror_option);
+	if (ctl->mirror.given && !(command->options & CTL_MIRROR))
+		return ctl_fail(CTL_USAGE, "%s knows no %s", command->name, ctl->mirror.given);
+	if (ctl->doctor.given && !(command->options & CTL_DOCTOR))
+		return ctl_fail(CTL_USAGE, "%s knows no %s", command->name, ctl->doctor.given);
 	if (line->cancel && !(command->options & CTL_CANCEL))
 		return ctl_fail(CTL_USAGE, "%s knows no --cancel", command->name);
 	if (line->rate && !(command->options & CTL_RATE))
@@ -198,7 +202,7 @@ static enum ctl_exit run_command(struct ctl *ctl, struct command_line *line)
 		show_command_help(ctl->command);
 		return CTL_OK;
 	}
-	enum ctl_exit status = check_usage(ctl->command, line, ctl->mirror.given);
+	enum ctl_exit status = check_usage(ctl, line);
 	if (!status && line->rate)
 		status = ctl_parse_size(line->rate, &ctl->rate_bytes_s);
 	if (status)
