@@ -290,8 +290,10 @@ static void make_cut_disk(struct crash *crash, const struct log *log, uint64_t c
 		const struct operation *op = &log->operations[i];
 		bool there = op->returned <= durable || (op->fua && op->returned <= cut);
 
+		if (op->kind == FAULT_LOG_RESIZE && there && op->len < size)
+			memset(disk + op->len, 0, largest - op->len);
 		if (op->kind == FAULT_LOG_RESIZE)
-			size = op->len; /* a file's length and its content are separate matters; it grows only */
+			size = op->len; /* a file's length and its content are separate matters */
 		if (op->kind > FAULT_LOG_DISCARD)
 			continue;
 		bool whole = seed_below(&crash->seed, 4) < 2,

@@ -336,6 +336,8 @@ suspends int qcow_move_l2_table(struct qcow *q, uint64_t l1_index, uint64_t new_
 		qcow_free_unused(q, new_off, 1);
 		return ret;
 	}
+	/* Changes not yet committed are in the new table; the old one stays as it is on disk, where L1 leads. */
+	cache_forget(&q->l2_cache, old_off, q->cluster_size);
 	cluster_set_add(&q->metadata, new_off >> q->cluster_bits);
 	set_l1(q, l1_index, new_off | QCOW_ENTRY_COPIED);
 	qcow_free_unlinked(q, old_off, 1);
