@@ -16,12 +16,12 @@ UNITDIR  ?= $(LIBDIR_SYSTEM)/systemd/system
 CC       ?= gcc
 PKG_CONFIG ?= pkg-config
 
-LIB_PKGS    := gnutls jansson liburing zlib libzstd
-# Not linked, but loaded when needed: lib/blk/nbd/libnbd_load.h.
-LOADED_PKGS := libnbd
+LIB_PKGS    := jansson liburing zlib libzstd
+# Not linked, but loaded when needed: lib/base/library.h.
+LOADED_PKGS := gnutls libnbd
 DAEMON_PKGS := libconfig libsystemd
 IMG_PKGS    := nettle
-TEST_PKGS   := check
+TEST_PKGS   := check gnutls
 
 O := $(if $(filter release,$(BUILD)),build,build-$(BUILD))
 

@@ -3,8 +3,7 @@
  */
 #pragma once
 
-#include <gnutls/gnutls.h>
-
+#include "rt/gnutls_load.h"
 #include "rt/tls.h"
 
 #define TLS_TEXT_MAX_BYTES 256

@@ -19,8 +19,6 @@
 #include <sys/stat.h>
 #include <time.h>
 
-#include <gnutls/x509.h>
-
 #include "base/cleanup.h"
 #include "base/util.h"
 #include "rt/tls_private.h"
@@ -240,6 +238,11 @@ int tls_server_create(
 	*created = NULL;
 	if (!server)
 		return err_set(err, ENOMEM, "TLS: no memory");
+	ret = gnutls_load(err);
+	if (ret) {
+		free(server);
+		return ret;
+	}
 	server->verify_clients = options->verify_clients;
 	copy_subjects(server, options);
 	if (options->certificates)
