@@ -62,6 +62,12 @@ struct blk_caps {
 	bool maps_cheaply;  /* extents() costs next to nothing beside a read of some length */
 	bool grows;         /* a resize to more works, and what is added reads as zeroes */
 	bool multi_reactor; /* ops may be called from several reactors at once */
+	/*
+	 * What a death of this process alone (not of the machine) costs, for whoever wants to start a new one
+	 * that carries on. Both are inherited upward: a layer adds its own to those of its children.
+	 */
+	bool caches_writes; /* a write that returned may be lost unless a flush, or FUA, followed */
+	bool dies_with_process; /* all of the content is lost, flushed or not */
 };
 
 /* --- extents ---------------------------------------------------------------------------------- */

@@ -366,6 +366,7 @@ static suspends int memory_open(struct blk *blk, struct err *err)
 	blk->caps.discard = true;
 	blk->caps.grows = true;
 	blk->caps.multi_reactor = true;
+	blk->caps.dies_with_process = true;
 	return 0;
 }
 

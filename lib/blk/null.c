@@ -28,6 +28,7 @@ static suspends int null_open(struct blk *blk, struct err *err)
 
 	blk->caps.block_size = (uint32_t)null->block_size;
 	blk->caps.fua = blk->caps.zero_fast = blk->caps.discard = blk->caps.grows = true;
+	blk->caps.dies_with_process = true;
 	return blk_check_size(blk->conf, blk->caps.size, null->block_size, err);
 }
 

@@ -137,6 +137,47 @@ suspends CO_TEST(test_caps_are_inherited)
 	test_stack_close(&stack);
 }
 
+/* What a death of the process costs: each layer adds its own to those of its children. */
+suspends CO_TEST(test_caps_of_a_dying_process)
+{
+	static const struct {
+		const char *conf;
+		bool caches_writes, dies_with_process;
+	} stacks[] = {
+		{ "( { layer = 'padded'; align = 512 }, { layer = 'file'; path = 'a.img' } )" },
+		{ "( { layer = 'padded'; align = 512 }, { layer = 'null' } )", false, true },
+		{ "( { layer = 'fault' }, { layer = 'memory'; size = '1M' } )", false, true },
+		{ "( { layer = 'fault' }, { layer = 'qcow' },"
+		  "  { layer = 'file'; path = 'a.qcow2' } )",
+			true, false },
+		{ "( { layer = 'qcow' }, { layer = 'file'; path = 'a.qcow2'; read-only = true } "
+		  ")" },
+		{ "( { layer = 'mirror'; overwrite = true; secondary = ( { layer = 'qcow' },"
+		  "    { layer = 'file'; path = 'a.qcow2' } ) }, { layer = 'file'; path = 'a.img' "
+		  "} )",
+			true, false },
+		{ "( { layer = 'mirror'; overwrite = true; secondary = ( { layer = 'memory';"
+		  "    size = '1M' } ) }, { layer = 'file'; path = 'a.img' } )",
+			false, true },
+	};
+	struct test_stack stack;
+
+	ck_assert_int_eq(system("qemu-img create -q -f qcow2 a.qcow2 1M"), 0);
+	test_stack_open(
+		&stack, "( { layer = 'file'; path = 'a.img'; create = true; size = '1M' } )");
+	test_stack_close(&stack);
+	for (size_t i = 0; i < ARRAY_LEN(stacks); i++) {
+		test_stack_open(&stack, "%s", stacks[i].conf);
+		ck_assert_msg(blk_caps(stack.top)->caches_writes == stacks[i].caches_writes &&
+				      blk_caps(stack.top)->dies_with_process ==
+					      stacks[i].dies_with_process,
+			"%s", stacks[i].conf);
+		test_stack_close(&stack);
+	}
+	remove("a.qcow2");
+	remove("a.img");
+}
+
 suspends CO_TEST(test_read_only)
 {
 	struct conf *conf = conf_build("( { layer = 'padded'; align = 512 }, { layer = 'null' } )");
@@ -202,6 +243,7 @@ int main(void)
 	tcase_add_test(tcase, test_check_touches_nothing);
 	tcase_add_test(tcase, test_failed_start_removes_what_it_made);
 	tcase_add_test(tcase, test_caps_are_inherited);
+	tcase_add_test(tcase, test_caps_of_a_dying_process);
 	tcase_add_test(tcase, test_read_only);
 	tcase_add_test(tcase, test_close_waits);
 	return co_test_suite(suite);

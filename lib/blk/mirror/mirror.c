@@ -321,6 +321,8 @@ static void set_caps(struct mirror *mirror)
 	caps->zero_fast &= secondary->zero_fast;
 	caps->fua = true; /* what a leg cannot do, its calls make up for */
 	caps->grows = caps->multi_reactor = false;
+	caps->caches_writes |= secondary->caches_writes;
+	caps->dies_with_process |= secondary->dies_with_process;
 }
 
 static suspends int mirror_open(struct blk *blk, struct err *err)

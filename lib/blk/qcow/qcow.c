@@ -264,6 +264,9 @@ static suspends int open_image(struct qcow *q, struct err *err)
 	caps->grows = true;
 	caps->multi_reactor = false;
 	caps->maps_cheaply = !q->backing || blk_caps(q->backing)->maps_cheaply;
+	caps->caches_writes = !q->read_only || blk_caps(q->data)->caches_writes; /* the tables */
+	caps->dies_with_process |= blk_caps(q->data)->dies_with_process;
+	caps->dies_with_process |= q->backing && blk_caps(q->backing)->dies_with_process;
 	return 0;
 }
 
