@@ -57,8 +57,11 @@
 _Static_assert(
 	MAX_REQUEST_KIB * 1024 <= BUF_POOLED_MAX_BYTES, "kernel requests fit pooled buffers");
 
+/* "Never" where the driver must be given a number: longer than any disk takes that will answer at all. */
+#define SEVERAL_TIMEOUT_S 3600
+
 /*
- * Not CAN_MULTI_CONN: there is one connection. WRITE_ZEROES means something since Linux 6.8, where a
+ * CAN_MULTI_CONN comes with several connections. WRITE_ZEROES means something since Linux 6.8, where a
  * refusal would be an I/O error: the server never refuses it.
  */
 #define FLAG_SEND_WRITE_ZEROES (1 << 6)
@@ -71,9 +74,10 @@ enum state { CLAIMING, STARTING, RUNNING, ENDED };
 struct kernel_dev {
 	struct kernel_dev_opts opts; /* opts.device is not used after the claim */
 	char name[KERNEL_NAME_LEN];
-	int fd;          /* the device */
-	int kernel_sock; /* our descriptor of the driver's end: shutting it down ends everything */
-	int server_sock; /* until handed out */
+	int fd; /* the device */
+	int kernel_sock
+		[KERNEL_CONNECTIONS_MAX]; /* the driver's ends: shut down, they end everything */
+	int server_sock[KERNEL_CONNECTIONS_MAX]; /* until handed out */
 
 	pthread_t thread;
 	bool has_thread;
@@ -96,15 +100,43 @@ const char *kernel_dev_name(const struct kernel_dev *dev)
 	return dev->name;
 }
 
+enum kernel_dev_mode kernel_dev_mode(const struct kernel_dev *dev)
+{
+	return KERNEL_DEV_IOCTL;
+}
+
+static void close_fd(int *fd)
+{
+	if (*fd >= 0)
+		close(take_fd(fd));
+}
+
+void kernel_ends_close(struct kernel_ends *ends)
+{
+	for (unsigned i = 0; i < ends->count; i++) {
+		close_fd(&ends->server[i]);
+		close_fd(&ends->driver[i]);
+	}
+	ends->count = 0;
+}
+
+/* Ends all connections, and with them the device. */
+static void shut_connections(const struct kernel_dev *dev)
+{
+	for (unsigned i = 0; i < dev->opts.connections; i++)
+		if (dev->kernel_sock[i] >= 0)
+			shutdown(dev->kernel_sock[i], SHUT_RDWR);
+}
+
 /* --- the device's thread ---------------------------------------------------------------------- */
 
 static void close_claim(struct kernel_dev *dev)
 {
-	int *fds[] = { &dev->fd, &dev->kernel_sock, &dev->server_sock };
-
-	for (size_t i = 0; i < ARRAY_LEN(fds); i++)
-		if (*fds[i] >= 0)
-			close(take_fd(fds[i]));
+	close_fd(&dev->fd);
+	for (unsigned i = 0; i < KERNEL_CONNECTIONS_MAX; i++) {
+		close_fd(&dev->kernel_sock[i]);
+		close_fd(&dev->server_sock[i]);
+	}
 }
 
 /* Says why a device is not free as precisely as can be found out; -EBUSY. */
@@ -155,27 +187,58 @@ static int open_device(struct kernel_dev *dev, struct err *err)
 	return dev->fd < 0 ? err_sys(err, errno, "open") : 0;
 }
 
-static int set_up_device(struct kernel_dev *dev, struct err *err)
+static unsigned long driver_flags(const struct kernel_dev_opts *opts)
 {
-	const struct kernel_dev_opts *opts = &dev->opts;
 	unsigned long flags = opts->flags & USABLE_FLAGS;
-	int pair[2];
 
 	if (!(flags & NBD_FLAG_SEND_FLUSH))
 		flags &= ~(
 			unsigned long)NBD_FLAG_SEND_FUA; /* the driver takes it for a write cache */
-	if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair))
-		return err_sys(err, errno, "socketpair");
-	dev->kernel_sock = pair[0];
-	dev->server_sock = pair[1];
-	if (ioctl(dev->fd, NBD_SET_SOCK, (unsigned long)dev->kernel_sock))
-		return errno == EBUSY ? busy(dev->name, err) : err_sys(err, errno, "NBD_SET_SOCK");
+	if (opts->connections > 1)
+		flags |= NBD_FLAG_CAN_MULTI_CONN;
+	return flags;
+}
+
+/* What the driver is told: with several connections its "0" means the queue's 30 s, and then it kills them. */
+static uint32_t driver_timeout_s(const struct kernel_dev_opts *opts)
+{
+	if (!opts->timeout_s && opts->connections > 1)
+		return SEVERAL_TIMEOUT_S;
+	return opts->timeout_s;
+}
+
+static int make_connections(struct kernel_dev *dev, struct err *err)
+{
+	for (unsigned i = 0; i < dev->opts.connections; i++) {
+		int pair[2];
+
+		if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair))
+			return err_sys(err, errno, "socketpair");
+		dev->kernel_sock[i] = pair[0];
+		dev->server_sock[i] = pair[1];
+	}
+	return 0;
+}
+
+static int set_up_device(struct kernel_dev *dev, struct err *err)
+{
+	const struct kernel_dev_opts *opts = &dev->opts;
+	unsigned long flags = driver_flags(opts);
+	uint32_t timeout_s = driver_timeout_s(opts);
+	int ret = make_connections(dev, err);
+
+	if (ret)
+		return ret;
+	for (unsigned i = 0; i < opts->connections; i++)
+		if (ioctl(dev->fd, NBD_SET_SOCK, (unsigned long)dev->kernel_sock[i]))
+			return errno == EBUSY ? busy(dev->name, err)
+					      : err_sys(err, errno, "NBD_SET_SOCK");
 	if (ioctl(dev->fd, NBD_SET_BLKSIZE, (unsigned long)opts->block_size))
 		return err_sys(err, errno, "NBD_SET_BLKSIZE %u", opts->block_size);
 	if (ioctl(dev->fd, NBD_SET_SIZE, (unsigned long)opts->size_bytes))
 		return err_sys(err, errno, "NBD_SET_SIZE %lu", (unsigned long)opts->size_bytes);
-	if (ioctl(dev->fd, NBD_SET_TIMEOUT, (unsigned long)opts->timeout_s))
-		return err_sys(err, errno, "NBD_SET_TIMEOUT %u", opts->timeout_s);
+	if (ioctl(dev->fd, NBD_SET_TIMEOUT, (unsigned long)timeout_s))
+		return err_sys(err, errno, "NBD_SET_TIMEOUT %u", timeout_s);
 	if (ioctl(dev->fd, NBD_SET_FLAGS, flags))
 		return err_sys(err, errno, "NBD_SET_FLAGS %#lx", flags);
 	return 0;
@@ -298,7 +361,8 @@ static int wait_until_running(struct kernel_dev *dev, struct err *err)
 			ret = -err->code;
 		} else if (kernel_sysfs_server(dev->name)) {
 			/* Returns when DO_IT lets go of the driver's lock, and changes nothing. */
-			ioctl(dev->fd, NBD_SET_TIMEOUT, (unsigned long)dev->opts.timeout_s);
+			ioctl(dev->fd, NBD_SET_TIMEOUT,
+				(unsigned long)driver_timeout_s(&dev->opts));
 			dev->state = RUNNING;
 			pthread_mutex_unlock(&dev->mutex);
 			return 0;
@@ -323,6 +387,9 @@ static int check_opts(const struct kernel_dev_opts *opts, struct err *err)
 		return err_set(err, EINVAL,
 			"%s: a logical block size of %u: must be a power of two from %u to %u",
 			opts->device, opts->block_size, BLOCK_SIZE_MIN, BLOCK_SIZE_MAX);
+	if (!opts->connections || opts->connections > KERNEL_CONNECTIONS_MAX)
+		return err_set(err, EINVAL, "%s: %u connections: must be 1 to %u", opts->device,
+			opts->connections, KERNEL_CONNECTIONS_MAX);
 	if (!is_aligned(opts->size_bytes, opts->block_size))
 		return err_set(err, EINVAL,
 			"%s: a size of %lu bytes is no multiple of its block size of %u: "
@@ -345,43 +412,76 @@ static int start_thread(struct kernel_dev *dev, struct err *err)
 	return ret ? err_sys(err, ret, "a thread for %s", dev->opts.device) : 0;
 }
 
+static struct kernel_dev *dev_new(
+	const struct kernel_dev_opts *opts, void (*on_end)(void *arg, int reason), void *arg)
+{
+	struct kernel_dev *dev = calloc(1, sizeof(*dev));
+	pthread_condattr_t clock;
+
+	if (!dev)
+		return NULL;
+	*dev = (struct kernel_dev){ .opts = *opts,
+		.fd = -1,
+		.on_end = on_end,
+		.arg = arg,
+		.mutex = PTHREAD_MUTEX_INITIALIZER };
+	for (unsigned i = 0; i < KERNEL_CONNECTIONS_MAX; i++)
+		dev->kernel_sock[i] = dev->server_sock[i] = -1;
+	pthread_condattr_init(&clock);
+	pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
+	pthread_cond_init(&dev->changed, &clock);
+	if (strcmp(opts->device, "auto"))
+		snprintf(dev->name, sizeof(dev->name), "%s", opts->device + strlen("/dev/"));
+	return dev;
+}
+
+static int hand_out(struct kernel_dev *dev, struct kernel_ends *ends, struct err *err)
+{
+	ends->count = 0;
+	for (unsigned i = 0; i < dev->opts.connections; i++) {
+		ends->driver[i] = fcntl(dev->kernel_sock[i], F_DUPFD_CLOEXEC, 0);
+		if (ends->driver[i] < 0) {
+			int ret = err_sys(err, errno, "a socket's descriptor");
+
+			kernel_ends_close(ends);
+			return ret;
+		}
+		ends->server[i] = take_fd(&dev->server_sock[i]);
+		ends->count++;
+	}
+	return 0;
+}
+
 int kernel_dev_claim(const struct kernel_dev_opts *opts, void (*on_end)(void *arg, int reason),
-	void *arg, struct kernel_dev **dev, int *server_fd, struct err *err)
+	void *arg, struct kernel_dev **dev, struct kernel_ends *ends, struct err *err)
 {
 	struct kernel_dev *new;
-	pthread_condattr_t clock;
 	int ret = check_opts(opts, err);
 
 	if (!ret)
 		ret = kernel_sysfs_probe(err);
 	if (ret)
 		return ret;
-	new = calloc(1, sizeof(*new));
+	new = dev_new(opts, on_end, arg);
 	if (!new)
 		return err_set(err, ENOMEM, "out of memory");
-	*new = (struct kernel_dev){ .opts = *opts,
-		.fd = -1,
-		.kernel_sock = -1,
-		.server_sock = -1,
-		.on_end = on_end,
-		.arg = arg,
-		.mutex = PTHREAD_MUTEX_INITIALIZER };
-	pthread_condattr_init(&clock);
-	pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
-	pthread_cond_init(&new->changed, &clock);
-	if (strcmp(opts->device, "auto"))
-		snprintf(new->name, sizeof(new->name), "%s", opts->device + strlen("/dev/"));
-
 	ret = start_thread(new, err);
 	if (!ret)
 		ret = wait_until_running(new, err);
+	if (!ret)
+		ret = hand_out(new, ends, err);
 	if (ret) {
 		kernel_dev_free(new);
 		return ret;
 	}
-	*server_fd = take_fd(&new->server_sock);
 	*dev = new;
 	return 0;
+}
+
+int kernel_dev_reconnect(struct kernel_dev *dev, struct kernel_ends *ends, struct err *err)
+{
+	return err_set(err, EOPNOTSUPP,
+		"/dev/%s: attached by ioctl: its connections cannot be replaced", dev->name);
 }
 
 static void device_path(const struct kernel_dev *dev, char path[KERNEL_NAME_LEN + 8])
@@ -532,7 +632,7 @@ int kernel_dev_release(struct kernel_dev *dev, bool force, struct err *err)
 		return err_sys(err, errno, "%s: NBD_DISCONNECT", path);
 	if (wait_until_ended(dev))
 		return 0;
-	shutdown(dev->kernel_sock, SHUT_RDWR);
+	shut_connections(dev);
 	if (wait_until_ended(dev))
 		return 0;
 	return err_set(err, ETIMEDOUT, "%s: requests in flight do not end", path);
@@ -546,8 +646,8 @@ void kernel_dev_free(struct kernel_dev *dev)
 		return;
 	if (dev->has_thread) {
 		pthread_mutex_lock(&dev->mutex);
-		if (dev->state != ENDED && dev->kernel_sock >= 0)
-			shutdown(dev->kernel_sock, SHUT_RDWR);
+		if (dev->state != ENDED)
+			shut_connections(dev);
 		pthread_mutex_unlock(&dev->mutex);
 		pthread_join(dev->thread, NULL);
 	}

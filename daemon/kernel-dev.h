@@ -2,9 +2,10 @@
  * One kernel NBD device, driven by ioctl. Nothing in here needs a reactor, and everything may block:
  * call it on threads that serve nobody, so that the device's own requests can be answered meanwhile.
  *
- *	kernel_dev_claim()	takes a free device; its requests come in on the socket handed out
+ *	kernel_dev_claim()	takes a free device; its requests come in on the sockets handed out
  *	kernel_dev_settle()	once they are served: queue tuned, partitions read, nodes in /dev
  *	kernel_dev_resize()
+ *	kernel_dev_reconnect()	other sockets, the same device
  *	kernel_dev_release()	flush, refuse while in use, disconnect
  *	kernel_dev_free()	whatever the state
  *
@@ -21,25 +22,55 @@
 
 struct kernel_dev;
 
+#define KERNEL_CONNECTIONS_MAX 16
+
+enum kernel_dev_mode { KERNEL_DEV_AUTO, KERNEL_DEV_IOCTL, KERNEL_DEV_NETLINK };
+
 struct kernel_dev_opts {
-	const char *device;  /* "/dev/nbd0", or "auto" for the first one that is free */
-	uint64_t size_bytes; /* a multiple of block_size */
-	uint32_t block_size; /* logical block size: 512 to 4096, a power of two */
-	uint32_t timeout_s;  /* a request older than that fails the device; 0: never */
-	uint16_t flags;      /* NBD transmission flags; those that the driver can use count */
+	const char *device; /* "/dev/nbd0", or "auto" for the first one that is free */
+	const char *
+		identifier; /* by which we know our devices again: the text of the `backend` attribute */
+	enum kernel_dev_mode mode;
+	uint64_t size_bytes;  /* a multiple of block_size */
+	uint32_t block_size;  /* logical block size: 512 to 4096, a power of two */
+	unsigned connections; /* 1 to KERNEL_CONNECTIONS_MAX */
+	uint32_t timeout_s;   /* a request older than that fails its connection; 0: never, or as
+				      good as never where several connections need one */
+	uint32_t
+		dead_timeout_s; /* netlink: how long requests wait for kernel_dev_reconnect(), or for
+				      the next process to claim the device */
+	uint16_t flags;         /* NBD transmission flags; those that the driver can use count */
+};
+
+/* Both ends of each connection. */
+struct kernel_ends {
+	unsigned count;
+	int server
+		[KERNEL_CONNECTIONS_MAX]; /* the driver sends requests: transmission phase, no handshake */
+	int driver
+		[KERNEL_CONNECTIONS_MAX]; /* duplicates of the driver's own, to look at, not to read */
 };
 
 /*
- * On success *server_fd is the connected socket on which the driver sends requests (transmission phase,
- * no handshake); the caller's to serve and to close. on_end comes once, from another thread, when
- * the driver gives the device up for whatever reason, kernel_dev_release() included; reason is 0
+ * On success the ends are the caller's to serve and to close. on_end comes once, from another thread,
+ * when the driver gives the device up for whatever reason, kernel_dev_release() included; reason is 0
  * (asked to) or an errno.
  *
  * Errors: -ENODEV no driver or no such device, -EBUSY in use (says by whom) or none free, -EPERM,
  * -EINVAL for options out of range.
  */
 int kernel_dev_claim(const struct kernel_dev_opts *opts, void (*on_end)(void *arg, int reason),
-	void *arg, struct kernel_dev **dev, int *server_fd, struct err *err);
+	void *arg, struct kernel_dev **dev, struct kernel_ends *ends, struct err *err);
+
+/* Closes those that are left: entries of -1 were taken. */
+void kernel_ends_close(struct kernel_ends *ends);
+
+/*
+ * Netlink only (else -EOPNOTSUPP): breaks all connections and makes new ones, on which the driver repeats
+ * what was not answered. A user of the device sees a delay. What the old connections were asked must be
+ * finished, or never happen, before the new ends are served.
+ */
+int kernel_dev_reconnect(struct kernel_dev *dev, struct kernel_ends *ends, struct err *err);
 
 /* The device works already; an error says which of the comforts is missing. */
 int kernel_dev_settle(struct kernel_dev *dev, struct err *err);
@@ -57,4 +88,5 @@ int kernel_dev_release(struct kernel_dev *dev, bool force, struct err *err);
 /* Disconnects if need be (without a flush), waits for the driver, frees. NULL is fine. */
 void kernel_dev_free(struct kernel_dev *dev);
 
-const char *kernel_dev_name(const struct kernel_dev *dev); /* "nbd0" */
+const char *kernel_dev_name(const struct kernel_dev *dev);          /* "nbd0" */
+enum kernel_dev_mode kernel_dev_mode(const struct kernel_dev *dev); /* not AUTO */

@@ -21,6 +21,7 @@
 #include <sys/prctl.h>
 #include <unistd.h>
 
+#include "base/cleanup.h"
 #include "base/log.h"
 #include "daemon/kernel-dev.h"
 #include "daemon/kernel-name.h"
@@ -51,7 +52,7 @@ struct kernel_door {
 struct call {
 	int (*fn)(struct call *call);
 	struct kernel_door *door;
-	int server_fd;
+	struct kernel_ends ends;
 	uint64_t size_bytes;
 	bool force;
 	struct err *err;
@@ -203,8 +204,7 @@ static int call_claim(struct call *call)
 {
 	struct kernel_door *door = call->door;
 
-	return kernel_dev_claim(
-		&door->opts, dev_ended, door, &door->dev, &call->server_fd, call->err);
+	return kernel_dev_claim(&door->opts, dev_ended, door, &door->dev, &call->ends, call->err);
 }
 
 static int call_settle(struct call *call)
@@ -232,6 +232,7 @@ static struct kernel_door *door_new(const struct kernel_opts *opts)
 		.device = opts->device,
 		.size_bytes = opts->size_bytes,
 		.block_size = opts->block_size,
+		.connections = 1,
 		.timeout_s = opts->timeout_s,
 		.flags = nbd_export_flags(opts->nbd, false),
 	};
@@ -246,7 +247,7 @@ suspends int kernel_attach(
 	const struct kernel_opts *opts, struct kernel_door **door, struct err *err)
 {
 	struct kernel_door *new = door_new(opts);
-	struct call claim = { .fn = call_claim, .door = new, .server_fd = -1, .err = err };
+	struct call claim = { .fn = call_claim, .door = new, .err = err };
 	struct err unsettled = { 0 };
 	struct call settle = { .fn = call_settle, .door = new, .err = &unsettled };
 	int ret;
@@ -256,7 +257,9 @@ suspends int kernel_attach(
 	ret = call_blocking(&claim);
 	if (!ret) {
 		snprintf(new->device, sizeof(new->device), "/dev/%s", kernel_dev_name(new->dev));
-		ret = start_serving(new, claim.server_fd, err);
+		for (unsigned i = 0; i < claim.ends.count && !ret; i++)
+			ret = start_serving(new, take_fd(&claim.ends.server[i]), err);
+		kernel_ends_close(&claim.ends);
 	}
 	if (!ret && call_blocking(&settle))
 		log_warning("export \"%s\": %s", new->nbd->name, unsettled.text);

@@ -23,6 +23,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "base/cleanup.h"
 #include "base/endian.h"
 #include "base/util.h"
 
@@ -126,15 +127,19 @@ static struct kernel_dev *attach(struct server *server, uint32_t timeout_s)
 		.device = "auto",
 		.size_bytes = DISK_SIZE,
 		.block_size = 512,
+		.connections = 1,
 		.timeout_s = timeout_s,
 		.flags = NBD_FLAG_HAS_FLAGS | NBD_FLAG_SEND_FLUSH,
 	};
+	struct kernel_ends ends;
 	struct kernel_dev *dev;
-	int ret = kernel_dev_claim(&opts, on_end, server, &dev, &server->fd, &err);
+	int ret = kernel_dev_claim(&opts, on_end, server, &dev, &ends, &err);
 
 	if (ret == -EBUSY)
 		return NULL;
 	CHECK(!ret);
+	server->fd = take_fd(&ends.server[0]);
+	kernel_ends_close(&ends);
 	server->disk = calloc(1, DISK_SIZE);
 	CHECK(server->disk && !pthread_create(&server->thread, NULL, serve, server));
 	if (!server->stuck)
