@@ -214,7 +214,7 @@ static inline struct chunk_read chunk_read(
 			ck_assert_uint_eq(chunk.len, 0);
 		}
 		for (uint64_t i = 0; i < bytes; i++)
-			ck_assert_uint_eq(seen[at + i]++, 0);
+			require(!seen[at + i]++);
 	} while (!(chunk.flags & NBD_REPLY_FLAG_DONE));
 	if (!result.error)
 		ck_assert_uint_eq(result.data_bytes + result.hole_bytes, len);

@@ -3,13 +3,16 @@
  * by byte over blocking sockets on the test's thread. The server and the first disk have one reactor thread,
  * the second disk has another.
  *
- * A test that waits for a byte that never comes fails after a generous time instead of hanging.
+ * A test that waits for a byte that never comes fails after a generous time instead of hanging. At its end
+ * the server must have given back every descriptor (rig_stop()); what loops a thousand times looks at
+ * the memory, too (struct rig_footprint).
  */
 #pragma once
 
 #include <check.h>
 #include <dirent.h>
 #include <errno.h>
+#include <malloc.h>
 #include <poll.h>
 #include <pthread.h>
 #include <semaphore.h>
@@ -31,6 +34,7 @@
 
 #include "conf_build.h"
 #include "seed.h"
+#include "testing.h"
 
 #define RIG_WAIT_MS 20000
 #define RIG_EXPORTS 2
@@ -55,8 +59,44 @@ struct rig {
 	const char *upper_layers; /* of the first export */
 	struct rig_export exports[RIG_EXPORTS];
 	struct co_group clients;
-	int last_ret; /* of the client that left last */
+	int last_ret;        /* of the client that left last */
+	unsigned fds_before; /* when the server is gone, as many are open */
 };
+
+/* --- what is held -------------------------------------------------------------------------------- */
+
+static inline unsigned rig_open_fds(void)
+{
+	DIR *dir = opendir("/proc/self/fd");
+	unsigned count = 0;
+
+	while (readdir(dir))
+		count++;
+	closedir(dir);
+	return count;
+}
+
+/* What the whole process holds. The sanitizers' allocator does not tell: there the heap is always empty. */
+struct rig_footprint {
+	unsigned fds;
+	size_t heap_bytes;
+};
+
+static inline struct rig_footprint rig_footprint(void)
+{
+	return (struct rig_footprint){ rig_open_fds(), mallinfo2().uordblks };
+}
+
+/* Pools come and go by 100 KiB or so, however long it runs; a connection left behind has 64. */
+#define RIG_HEAP_SLACK_BYTES (256U << 10)
+
+static inline void rig_expect_footprint(struct rig_footprint before)
+{
+	struct rig_footprint now = rig_footprint();
+
+	ck_assert_uint_eq(now.fds, before.fds);
+	ck_assert_uint_le(now.heap_bytes, before.heap_bytes + RIG_HEAP_SLACK_BYTES);
+}
 
 /* --- running things on the server's thread ---------------------------------------------------- */
 
@@ -165,6 +205,7 @@ static inline void rig_start(
 	rig->limits = limits ? *limits : nbd_limits_default;
 	rig->upper_layers = upper_layers ? upper_layers : "";
 	signal(SIGPIPE, SIG_IGN);
+	rig->fds_before = rig_open_fds();
 	ck_assert_int_eq(blk_env_init(&rig->env), 0);
 	ck_assert_msg(!reactor_create(&rig->reactor, "auto", &err), "%s", err.text);
 	ck_assert_msg(!reactor_create(&rig->second_reactor, "auto", &err), "%s", err.text);
@@ -173,6 +214,7 @@ static inline void rig_start(
 	rig_run(rig, rig_open, rig);
 }
 
+/* The test has closed all its clients. */
 static inline void rig_stop(struct rig *rig)
 {
 	rig_run(rig, rig_close, rig);
@@ -183,6 +225,7 @@ static inline void rig_stop(struct rig *rig)
 	reactor_free(rig->reactor);
 	reactor_free(rig->second_reactor);
 	blk_env_fini(&rig->env);
+	ck_assert_uint_eq(rig_open_fds(), rig->fds_before);
 }
 
 /* --- connecting ------------------------------------------------------------------------------- */
@@ -451,17 +494,4 @@ static inline void rig_disconnect(int fd)
 {
 	rig_request(fd, NBD_CMD_DISC, 0, 0, 0, 0);
 	rig_expect_end(fd);
-}
-
-/* --- looking around --------------------------------------------------------------------------- */
-
-static inline unsigned rig_open_fds(void)
-{
-	DIR *dir = opendir("/proc/self/fd");
-	unsigned count = 0;
-
-	while (readdir(dir))
-		count++;
-	closedir(dir);
-	return count;
 }

@@ -117,7 +117,7 @@ START_TEST(test_many_holes)
 END_TEST
 
 /* Random sparse content, random ranges; many at a time, so that replies are sent in halves. */
-START_TEST(test_random)
+START_TEST(test_random_reads)
 {
 	struct seed seed = seed_start("random chunks");
 	uint8_t *copy = calloc(1, 2 << 20);
@@ -450,13 +450,14 @@ START_TEST(test_wrong_form)
 }
 END_TEST
 
-static void add_tests(TCase *tcase)
+static void fill(TCase *tcase)
 {
+	tcase_add_checked_fixture(tcase, setup, teardown);
 	tcase_add_loop_test(tcase, test_data, 0, 2);
 	tcase_add_loop_test(tcase, test_holes, 0, 2);
 	tcase_add_loop_test(tcase, test_do_not_fragment, 0, 2);
 	tcase_add_loop_test(tcase, test_many_holes, 0, 2);
-	tcase_add_loop_test(tcase, test_random, 0, 2);
+	tcase_add_loop_test(tcase, test_random_reads, 0, 2);
 	tcase_add_loop_test(tcase, test_refusals, 0, 2);
 	tcase_add_loop_test(tcase, test_failing_disk, 0, 2);
 	tcase_add_loop_test(tcase, test_cache, 0, 2);
@@ -471,17 +472,5 @@ static void add_tests(TCase *tcase)
 
 int main(void)
 {
-	Suite *suite = suite_create("nbd chunks");
-	TCase *tcase = tcase_create("chunks");
-
-	tcase_add_checked_fixture(tcase, setup, teardown);
-	tcase_set_timeout(tcase, 120);
-	add_tests(tcase);
-	suite_add_tcase(suite, tcase);
-
-	SRunner *runner = srunner_create(suite);
-	srunner_run_all(runner, CK_NORMAL);
-	int failed = srunner_ntests_failed(runner);
-	srunner_free(runner);
-	return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+	return test_run_suite("nbd chunks", fill);
 }

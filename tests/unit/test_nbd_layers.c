@@ -226,23 +226,17 @@ START_TEST(test_random_order)
 }
 END_TEST
 
-int main(void)
+static void fill(TCase *tcase)
 {
-	Suite *suite = suite_create("nbd layers");
-	TCase *tcase = tcase_create("layers");
-
 	tcase_add_checked_fixture(tcase, setup, teardown);
-	tcase_set_timeout(tcase, 60);
 	tcase_add_test(tcase, test_flags_reach_the_layers);
 	tcase_add_test(tcase, test_errors_of_the_layers);
 	tcase_add_test(tcase, test_not_supported);
 	tcase_add_test(tcase, test_slow_request_holds_up_nobody);
 	tcase_add_test(tcase, test_random_order);
-	suite_add_tcase(suite, tcase);
+}
 
-	SRunner *runner = srunner_create(suite);
-	srunner_run_all(runner, CK_NORMAL);
-	int failed = srunner_ntests_failed(runner);
-	srunner_free(runner);
-	return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+int main(void)
+{
+	return test_run_suite("nbd layers", fill);
 }

@@ -355,13 +355,9 @@ START_TEST(test_shutdown)
 }
 END_TEST
 
-int main(void)
+static void fill(TCase *tcase)
 {
-	Suite *suite = suite_create("nbd negotiation");
-	TCase *tcase = tcase_create("negotiation");
-
 	tcase_add_checked_fixture(tcase, setup, teardown);
-	tcase_set_timeout(tcase, 120);
 	tcase_add_test(tcase, test_simple_has_no_chunks);
 	tcase_add_test(tcase, test_structured);
 	tcase_add_test(tcase, test_structured_by_export_name);
@@ -374,11 +370,9 @@ int main(void)
 	tcase_add_test(tcase, test_meta_too_big);
 	tcase_add_test(tcase, test_meta_repeated);
 	tcase_add_test(tcase, test_shutdown);
-	suite_add_tcase(suite, tcase);
+}
 
-	SRunner *runner = srunner_create(suite);
-	srunner_run_all(runner, CK_NORMAL);
-	int failed = srunner_ntests_failed(runner);
-	srunner_free(runner);
-	return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+int main(void)
+{
+	return test_run_suite("nbd negotiation", fill);
 }

@@ -428,13 +428,9 @@ START_TEST(test_random_against_copy)
 }
 END_TEST
 
-int main(void)
+static void fill(TCase *tcase)
 {
-	Suite *suite = suite_create("nbd transmission");
-	TCase *tcase = tcase_create("transmission");
-
 	tcase_add_checked_fixture(tcase, setup, teardown);
-	tcase_set_timeout(tcase, 120);
 	tcase_add_test(tcase, test_read_write);
 	tcase_add_test(tcase, test_whole_disk);
 	tcase_add_test(tcase, test_zero_and_trim);
@@ -452,11 +448,9 @@ int main(void)
 	tcase_add_test(tcase, test_burst_of_reads);
 	tcase_add_test(tcase, test_burst_in_pieces);
 	tcase_add_test(tcase, test_random_against_copy);
-	suite_add_tcase(suite, tcase);
+}
 
-	SRunner *runner = srunner_create(suite);
-	srunner_run_all(runner, CK_NORMAL);
-	int failed = srunner_ntests_failed(runner);
-	srunner_free(runner);
-	return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+int main(void)
+{
+	return test_run_suite("nbd transmission", fill);
 }
