@@ -115,6 +115,8 @@ void nbd_export_init(struct nbd_export *export, const char *name, const char *de
  * Home reactor. Ends all connections: they stop reading at the next boundary between requests, answer what
  * they have read, and close. After grace_ns they are cut; requests under way are waited for even then.
  * Later connections are refused. Then blk may be closed.
+ * Connections with a journal are parked instead: they stop reading wherever they are, nothing is lost
+ * when they are cut, and a successor goes on. What the journal keeps is settled.
  */
 suspends void nbd_export_close(struct nbd_export *export, uint64_t grace_ns);
 
@@ -144,12 +146,24 @@ struct nbd_session {
 	bool read_only;   /* also when the export is not */
 	enum nbd_form form;
 	bool allocation; /* the metadata context base:allocation was selected */
+
+	/*
+	 * A connection that outlives this process (journal.h): number `connection` of the journal, which
+	 * knows the socket. fd is -1, there is no TLS, the form is NBD_SIMPLE. NULL: any other.
+	 */
+	struct nbd_journal *journal;
+	unsigned connection;
 };
 
 /*
  * Home reactor. Serves until the client leaves. limits outlive the call, peer need not. 0, or -errno when
  * that was not at a boundary between requests.
+ *
+ * With a journal: goes on where the predecessor was. NBD_PARKED after nbd_export_close(): the socket is as it
+ * was and the journal ready for a successor. After anything else the connection is over for good: the
+ * socket, whoever else has a descriptor of it, was shut down, so that the driver sees the end.
  */
+#define NBD_PARKED 1
 suspends int nbd_serve(struct nbd_export *export, const struct nbd_session *session);
 
 /* --- a server: what the clients of all listeners can choose from ------------------------------ */
