@@ -233,7 +233,7 @@ int config_take_listen(struct config *config, const struct conf *listen, struct 
 static bool has_export(const struct config *config, const char *name)
 {
 	for (size_t i = 0; i < config->export_count; i++)
-		if (!strcmp(config->exports[i].name, name))
+		if (!strcmp(config->exports[i]->name, name))
 			return true;
 	return false;
 }

@@ -102,5 +102,5 @@ void config_print(const struct config *config, FILE *out)
 	for (size_t i = 0; i < config->listen_count; i++)
 		print_listen(&config->listen[i], out);
 	for (size_t i = 0; i < config->export_count; i++)
-		print_export(&config->exports[i], out);
+		print_export(config->exports[i], out);
 }

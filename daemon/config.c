@@ -405,7 +405,10 @@ static int check_device(const struct config_export *export, struct err *err)
 static int check_twins(
 	const struct config *config, const struct config_export *export, struct err *err)
 {
-	for (const struct config_export *other = config->exports; other < export; other++) {
+	for (size_t i = 0; i < config->export_count; i++) {
+		const struct config_export *other = config->exports[i];
+		if (other == export)
+			continue;
 		if (!strcmp(other->name, export->name))
 			return conf_error(conf_get(export->conf, "name"), err,
 				"the name is taken already (%s)", other->conf->where);
@@ -418,20 +421,22 @@ static int check_twins(
 	return 0;
 }
 
-static int take_export(
-	struct config *config, size_t index, const struct conf *conf, struct err *err)
+/* conf is taken over. */
+static int take_export(struct config *config, struct conf *conf, struct err *err)
 {
-	struct config_export *export = &config->exports[index];
+	struct config_export *export = calloc(1, sizeof(*export));
 	struct export_settings settings = {};
-	int ret = opts_parse(export_options, conf, &settings, err);
 
-	if (ret)
-		return ret;
+	if (!export)
+		abort();
+	int ret = opts_parse(export_options, conf, &settings, err);
 	*export = settings.export;
+	export->references = 1;
 	export->conf = conf;
-	ret = access_parse(
-		&export->access, settings.allow, settings.allow_users, settings.allow_groups, err);
-	config->export_count++; /* it has something to free from now on */
+	config->exports[config->export_count++] = export;
+	if (!ret)
+		ret = access_parse(&export->access, settings.allow, settings.allow_users,
+			settings.allow_groups, err);
 	if (!ret)
 		ret = check_name(export, err);
 	if (!ret)
@@ -443,8 +448,11 @@ static int take_export(
 	return ret;
 }
 
-static int take_exports(struct config *config, const struct conf *exports, struct err *err)
+static int take_exports(struct config *config, struct conf *exports, struct err *err)
 {
+	struct conf *item;
+	int ret = 0;
+
 	if (!exports->item_count)
 		return conf_error(exports, err, "exports is empty: there is nothing to serve");
 	if (exports->item_count > EXPORTS_MAX)
@@ -452,12 +460,9 @@ static int take_exports(struct config *config, const struct conf *exports, struc
 	config->exports = calloc(exports->item_count, sizeof(*config->exports));
 	if (!config->exports)
 		abort();
-	for (size_t i = 0; i < exports->item_count; i++) {
-		int ret = take_export(config, i, exports->items[i], err);
-		if (ret)
-			return ret;
-	}
-	return 0;
+	while (!ret && (item = conf_take_first(exports)))
+		ret = take_export(config, item, err);
+	return ret;
 }
 
 /* --- files used twice ------------------------------------------------------------------------- */
@@ -552,7 +557,7 @@ static int check_files(const struct config *config, struct err *err)
 	int ret = 0;
 
 	for (size_t i = 0; i < config->export_count && !ret; i++) {
-		const struct config_export *export = &config->exports[i];
+		const struct config_export *export = config->exports[i];
 		ret = use_files(&uses, export, export->stack, !export->read_only, err);
 	}
 	for (size_t i = 0; i < uses.count; i++)
@@ -577,7 +582,7 @@ static int load(struct config *config, struct err *err)
 	if (!ret)
 		ret = take_settings(config, &settings, err);
 	if (!ret)
-		ret = take_exports(config, settings.exports, err);
+		ret = take_exports(config, (struct conf *)settings.exports, err);
 	if (!ret)
 		ret = config_check_listen(config, err);
 	if (!ret)
@@ -617,6 +622,21 @@ int config_load(const char *path, struct config **loaded, struct err *err)
 	return ret;
 }
 
+struct config_export *config_export_get(struct config_export *export)
+{
+	export->references++;
+	return export;
+}
+
+void config_export_put(struct config_export *export)
+{
+	if (!export || --export->references)
+		return;
+	access_fini(&export->access);
+	conf_free(export->conf);
+	free(export);
+}
+
 void config_free(struct config *config)
 {
 	if (!config)
@@ -625,7 +645,7 @@ void config_free(struct config *config)
 	for (size_t i = 0; i < config->listen_count; i++)
 		access_fini(&config->listen[i].access);
 	for (size_t i = 0; i < config->export_count; i++)
-		access_fini(&config->exports[i].access);
+		config_export_put(config->exports[i]);
 	free(config->listen);
 	free(config->control);
 	free(config->exports);

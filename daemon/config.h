@@ -34,7 +34,12 @@ struct config_listen {
 	const struct conf *conf;    /* its group or text; NULL: not from the file */
 };
 
+/*
+ * What the config says of one export, with the tree it points into. It outlives the config it came in: whoever
+ * uses it keeps a reference. Never changed; all on one thread.
+ */
 struct config_export {
+	unsigned references;
 	const char *name;           /* letters, digits and -_.:+@, at most 64 */
 	const char *description;    /* "" when there is none */
 	const char *device;         /* "/dev/nbd0", "auto", or "" for no kernel device */
@@ -45,8 +50,11 @@ struct config_export {
 	struct access_rules access; /* which NBD clients it is there for */
 	int64_t max_connections;    /* NBD clients of this export */
 	const struct conf *stack;   /* CONF_LIST, top first, checked by stack_check() */
-	const struct conf *conf;    /* the export's group */
+	struct conf *conf;          /* the export's group, owned */
 };
+
+struct config_export *config_export_get(struct config_export *export); /* returns it */
+void config_export_put(struct config_export *export);                  /* NULL is fine */
 
 /* What clients of the NBD door may use; see struct nbd_limits. */
 struct config_limits {
@@ -58,7 +66,7 @@ struct config_limits {
 
 struct config {
 	char *path;
-	struct conf *root; /* owned; everything below points into it */
+	struct conf *root; /* owned; everything below points into it, but the exports */
 
 	/* control */
 	char *control;       /* address of the control socket, owned; "" for none */
@@ -79,7 +87,7 @@ struct config {
 	unsigned reactor_count; /* threads, at least 1 */
 	int64_t stop_timeout_s; /* how long requests in flight may take at the end */
 
-	struct config_export *exports; /* owned array */
+	struct config_export **exports; /* owned array, a reference each */
 	size_t export_count;
 };
 

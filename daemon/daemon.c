@@ -133,7 +133,7 @@ static suspends int start_exports(struct daemon *daemon, struct err *err)
 
 	for (size_t i = 0; i < config->export_count && !ret && !daemon->stopping; i++) {
 		struct export *export;
-		ret = export_start(daemon, &config->exports[i], &export, err);
+		ret = export_start(daemon, config->exports[i], &export, err);
 	}
 	return ret;
 }

@@ -410,6 +410,8 @@ static void export_free(struct export *export)
 {
 	json_decref(export->layers);
 	conf_free(export->snippets);
+	config_export_put(export->config);
+	config_export_put(export->opened);
 	free(export);
 }
 
@@ -439,7 +441,7 @@ static struct reactor *least_used_reactor(const struct daemon *daemon)
 	return least;
 }
 
-suspends int export_start(struct daemon *daemon, const struct config_export *config,
+suspends int export_start(struct daemon *daemon, struct config_export *config,
 	struct export **started, struct err *err)
 {
 	struct export *export = calloc(1, sizeof(*export));
@@ -449,7 +451,8 @@ suspends int export_start(struct daemon *daemon, const struct config_export *con
 	if (!export)
 		return err_sys(err, ENOMEM, "export \"%s\"", config->name);
 	export->daemon = daemon;
-	export->config = config;
+	export->config = config_export_get(config);
+	export->opened = config_export_get(config);
 	export->home = least_used_reactor(daemon);
 	export->snippets = conf_new(CONF_LIST, NULL, NULL);
 	co_mutex_init(&export->change);

@@ -33,8 +33,9 @@ struct export
 {
 	struct list link; /* in daemon->exports, or daemon->closing */
 	struct daemon *daemon;
-	const struct config_export *config; /* name, description, device, ... */
-	bool stopping;                      /* calls are refused */
+	struct config_export *config; /* name, description, device, ... */
+	struct config_export *opened; /* what the stack was opened by; lives as long as the stack */
+	bool stopping;                /* calls are refused */
 	bool drained; /* of clients, while stopping: only flushing and closing are left */
 
 	struct reactor *home;
@@ -63,7 +64,7 @@ struct export *export_find(struct daemon *daemon, const char *name);
  * Opens the stack on the least used reactor, puts the export into daemon->exports and publishes it to NBD
  * clients; the kernel device is left to export_attach(). Errors name file, line, export and layer.
  */
-suspends int export_start(struct daemon *daemon, const struct config_export *config,
+suspends int export_start(struct daemon *daemon, struct config_export *config,
 	struct export **export, struct err *err);
 
 /*

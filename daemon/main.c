@@ -149,7 +149,7 @@ static void raise_fd_limit(const struct config *config)
 static bool has_device(const struct config *config)
 {
 	for (size_t i = 0; i < config->export_count; i++)
-		if (*config->exports[i].device)
+		if (*config->exports[i]->device)
 			return true;
 	return false;
 }

@@ -89,6 +89,17 @@ struct conf *conf_add(struct conf *parent, struct conf *item)
 	return item;
 }
 
+struct conf *conf_take_first(struct conf *parent)
+{
+	struct conf *first;
+
+	if (!parent->item_count)
+		return NULL;
+	first = parent->items[0];
+	memmove(parent->items, parent->items + 1, --parent->item_count * sizeof(*parent->items));
+	return first;
+}
+
 bool conf_name_equal(const char *a, const char *b)
 {
 	for (; *a && *b; a++, b++)

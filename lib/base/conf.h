@@ -36,6 +36,7 @@ void conf_free(struct conf *conf); /* with all below; NULL is fine */
 
 struct conf *conf_add(struct conf *parent,
 	struct conf *item); /* item is owned by parent from now; returns item */
+struct conf *conf_take_first(struct conf *parent); /* the caller's from now; NULL when empty */
 const struct conf *conf_get(const struct conf *group, const char *name); /* NULL when absent */
 bool conf_name_equal(const char *a, const char *b);
 bool conf_equal(

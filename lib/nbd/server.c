@@ -67,6 +67,11 @@ suspends void nbd_withdraw(struct nbd_export *export, uint64_t grace_ns)
 	co_group_wait(&export->clients);
 }
 
+void nbd_server_set_limits(struct nbd_server *server, const struct nbd_limits *limits)
+{
+	server->limits = *limits;
+}
+
 void nbd_server_stop(struct nbd_server *server)
 {
 	server->closing = true;
@@ -99,6 +104,7 @@ suspends void nbd_server_close(struct nbd_server *server, uint64_t grace_ns)
 struct serve_call {
 	struct nbd_export *export;
 	struct nbd_session session;
+	struct nbd_limits limits; /* as they were when the client came */
 	int ret;
 };
 
@@ -153,8 +159,9 @@ suspends int nbd_client(struct nbd_server *server, int fd, const struct nbd_visi
 	}
 	co_group_enter(&server->clients);
 	struct serve_call call = {
+		.limits = server->limits,
 		.session = { .fd = fd,
-			.limits = &server->limits,
+			.limits = &call.limits,
 			.peer = visitor->peer,
 			.id = visitor->id,
 			.read_only = visitor->read_only },

@@ -179,6 +179,9 @@ struct nbd_server {
 /* Everything below is called on one reactor, the server's. */
 void nbd_server_init(struct nbd_server *server, const struct nbd_limits *limits);
 
+/* For clients that come from now on. */
+void nbd_server_set_limits(struct nbd_server *server, const struct nbd_limits *limits);
+
 /* Clients can choose it from now on. -EEXIST when there is one of that name, -ENAMETOOLONG, -EINVAL. */
 int nbd_publish(struct nbd_server *server, struct nbd_export *export, struct err *err);
 
