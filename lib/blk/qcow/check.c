@@ -7,8 +7,9 @@
  *	check_bitmaps.c	persistent bitmaps
  *
  * A damaged image is the normal case here: nothing that is read may do more than be counted as a finding.
- * References beyond the end of the file are findings, not counters, so memory is bounded by the size of
- * the file: refs.h takes what the clusters in use need, check_tables.c a record per L2 table.
+ * References beyond the end of the file are findings; those that a repair could make the file grow into are
+ * counted too, apart, so that nothing new is put there. So memory is bounded by the size of the file: refs.h
+ * takes what the clusters in use need, check_tables.c a record per L2 table.
  */
 #include "blk/qcow/check_private.h"
 
@@ -19,6 +20,9 @@
 #include <string.h>
 
 #include "base/cleanup.h"
+
+/* A repair makes a file grow by no more than the metadata it has, and a snapshot table. */
+#define GROWTH_MAX_BYTES (UINT64_C(16) << 20)
 
 typedef unsigned long long ull;
 
@@ -57,6 +61,23 @@ void check_progress(struct check *check, uint64_t done)
 
 /* --- references ------------------------------------------------------------------------------- */
 
+static int add_dangling(struct check *check, uint64_t host_off, uint64_t len, uint64_t weight)
+{
+	const struct image *image = &check->image;
+	uint64_t limit = 2 * image->file_size + GROWTH_MAX_BYTES;
+	uint64_t end = add_overflows(host_off, len, &end) ? limit : MIN(end, limit);
+	int ret = 0;
+
+	for (uint64_t at = host_off & -image->cluster_size; at < end && !ret;
+		at += image->cluster_size) {
+		uint64_t index = at >> image->cluster_bits;
+		uint64_t count = refs_get(&check->dangling, index) + weight;
+
+		ret = refs_set(&check->dangling, index, MIN(count, check->dangling.max));
+	}
+	return ret;
+}
+
 int check_reference(
 	struct check *check, uint64_t host_off, uint64_t len, uint64_t weight, const char *what)
 {
@@ -71,7 +92,7 @@ int check_reference(
 		check_found(check, QCOW_FINDING_CORRUPTION, weight,
 			"%s at %llu (%llu bytes) lies beyond the end of the file (%llu)", what,
 			(ull)host_off, (ull)len, (ull)image->file_size);
-		return 0;
+		return add_dangling(check, host_off, len, weight);
 	}
 	for (uint64_t at = host_off >> image->cluster_bits; at <= (end - 1) >> image->cluster_bits;
 		at++) {
@@ -306,6 +327,7 @@ suspends int check_run(struct check *check, struct blk *file, const struct qcow_
 	check->watch = watch;
 	check->result = result;
 	refs_init(&check->refs, header->refcount_order);
+	refs_init(&check->dangling, header->refcount_order);
 	int ret = image_init(&check->image, file, header, err);
 	if (ret)
 		return ret;
@@ -328,6 +350,7 @@ void check_fini(struct check *check)
 {
 	image_fini(&check->image);
 	refs_fini(&check->refs);
+	refs_fini(&check->dangling);
 	free(take_ptr(check->tables.items));
 	qcow_snapshots_fini(&check->snapshots);
 }

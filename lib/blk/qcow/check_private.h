@@ -26,6 +26,8 @@ struct l2_tables {
 struct check {
 	struct image image;
 	struct refs refs; /* how often each host cluster is pointed to */
+	struct refs
+		dangling; /* the same for references beyond the end of the file, which refs has not */
 	struct l2_tables tables;
 	struct qcow_snapshots snapshots;
 	struct qcow_check_result *result;

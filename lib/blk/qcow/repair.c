@@ -6,8 +6,9 @@
  * shadow.c: the old structures stay as they are until the new ones are complete and durable.
  *
  * One round may not be enough: where a refcount block lay on top of data, the count of that cluster is only
- * right once the block has moved. So it goes on while rounds help, ROUNDS_MAX at most, and what a last check
- * finds is the result. What nobody can know is left alone, such as where lost data was.
+ * right once the block has moved. So it goes on while rounds help (one that does not may prepare the next), ROUNDS_MAX
+ * at most, and what a last check finds is the result. What nobody can know is left alone, such as where lost data was: an entry that points beyond
+ * the end of the file stays, and nothing new is put where it points to.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -17,7 +18,8 @@
 #include "blk/qcow/check_private.h"
 #include "blk/qcow/shadow.h"
 
-#define ROUNDS_MAX 4
+#define ROUNDS_MAX  8
+#define USELESS_MAX 2 /* rounds in a row that did not help */
 
 static suspends int repair_snapshot_table(struct shadow *shadow, struct qcow_snapshots *list)
 {
@@ -68,7 +70,9 @@ static suspends int repair_round(struct check *check, struct qcow_header *header
 	shadow_init_with(&shadow, &check->image, &check->refs, check->rebuild);
 	if (check->bitmaps_broken)
 		shadow.header.autoclear &= ~(uint64_t)QCOW_AUTOCLEAR_BITMAPS;
-	ret = repair_active_tree(&shadow, err);
+	ret = shadow_reserve(&shadow, &check->dangling);
+	ret = ret ? err_sys(err, -ret, "cannot count references")
+		  : repair_active_tree(&shadow, err);
 	if (!ret) {
 		ret = repair_snapshot_table(&shadow, &check->snapshots);
 		if (!ret)
@@ -122,11 +126,10 @@ static bool worth_repairing(const struct check *check, enum qcow_repair mode)
 static suspends int repair_rounds(struct check *check, struct blk *file, struct qcow_header *header,
 	enum qcow_repair mode, struct err *err)
 {
-	struct qcow_check_result *result = check->result, before;
-	int ret = 0, round = 0;
+	struct qcow_check_result *result = check->result, best = *result;
+	int ret = 0;
 
-	do {
-		before = *result;
+	for (int round = 0, useless = 0; round < ROUNDS_MAX && useless < USELESS_MAX; round++) {
 		if (!worth_repairing(check, mode))
 			return 0;
 		if (check->unreadable)
@@ -138,8 +141,13 @@ static suspends int repair_rounds(struct check *check, struct blk *file, struct 
 			return ret;
 		check_fini(check);
 		ret = check_run(check, file, header, NULL, result, err);
-	} while (!ret && is_better(result, &before) && ++round < ROUNDS_MAX);
-	return ret;
+		if (ret)
+			return ret;
+		useless = is_better(result, &best) ? 0 : useless + 1;
+		if (!useless)
+			best = *result;
+	}
+	return 0;
 }
 
 suspends int qcow_repair(struct blk *file, struct qcow_header *header, enum qcow_repair mode,

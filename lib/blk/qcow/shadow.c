@@ -31,6 +31,19 @@ void shadow_init_with(struct shadow *shadow, struct image *image, struct refs *r
 	refs_init(&shadow->pinned, 0);
 }
 
+int shadow_reserve(struct shadow *shadow, struct refs *refs)
+{
+	uint64_t end = image_clusters_for(shadow->image, shadow->old_size);
+	int ret = 0;
+
+	refs_fini(&shadow->pinned);
+	shadow->pinned = *refs;
+	memset(refs, 0, sizeof(*refs));
+	for (uint64_t i = end; i < shadow->pinned.count && !ret; i++)
+		ret = refs_set(&shadow->refs, i, refs_get(&shadow->pinned, i));
+	return ret;
+}
+
 static suspends int load_block(struct image *image, struct refs *refs, uint64_t block_index)
 {
 	const uint8_t *block;

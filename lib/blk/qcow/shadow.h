@@ -26,6 +26,8 @@ struct shadow {
 suspends int shadow_init(struct shadow *shadow, struct image *image, struct err *err);
 /* Starts with these counts, which are moved out of *refs. */
 void shadow_init_with(struct shadow *shadow, struct image *image, struct refs *refs, bool rebuild);
+/* Nothing is put into these clusters; what they count beyond the end of the file is counted on disk. Moved out of *refs. */
+int shadow_reserve(struct shadow *shadow, struct refs *refs);
 void shadow_fini(struct shadow *shadow);
 
 /* One reference more or less for each cluster of the host range. -ERANGE: below 0, or more than the width holds. */
