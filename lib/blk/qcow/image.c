@@ -147,7 +147,7 @@ void image_compressed_range(
 	uint64_t sectors_mask = (UINT64_C(1) << (image->cluster_bits - 8)) - 1;
 	uint64_t sectors = ((entry >> off_bits) & sectors_mask) + 1;
 
-	*host_off = entry & ((UINT64_C(1) << off_bits) - 1) & (QCOW_HOST_OFF_MAX - 1);
+	*host_off = entry & ((UINT64_C(1) << off_bits) - 1);
 	*len = sectors * 512 - (*host_off & 511);
 }
 

@@ -43,7 +43,7 @@ struct l2_entry qcow_entry_decode(const struct qcow *q, const uint8_t *raw)
 					off_bits;
 
 		entry.compressed = true;
-		entry.host_off = value & off_mask & (QCOW_HOST_OFF_MAX - 1);
+		entry.host_off = value & off_mask; /* with a bit above 55 it is beyond any file */
 		entry.compressed_len = (uint32_t)((more_sectors + 1) * 512 -
 						  (entry.host_off & 511));
 		return entry;
