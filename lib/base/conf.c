@@ -67,6 +67,18 @@ struct conf *conf_new_bool(const char *name, const char *where, bool boolean)
 	return conf;
 }
 
+struct conf *conf_copy(const struct conf *conf)
+{
+	struct conf *copy = conf_new(conf->type, conf->name, conf->where);
+
+	copy->boolean = conf->boolean;
+	copy->integer = conf->integer;
+	copy->string = copy_text(conf->string);
+	for (size_t i = 0; i < conf->item_count; i++)
+		conf_add(copy, conf_copy(conf->items[i]));
+	return copy;
+}
+
 void conf_free(struct conf *conf)
 {
 	if (!conf)

@@ -32,7 +32,8 @@ struct conf *conf_new(enum conf_type type, const char *name, const char *where);
 struct conf *conf_new_string(const char *name, const char *where, const char *string);
 struct conf *conf_new_int(const char *name, const char *where, int64_t integer);
 struct conf *conf_new_bool(const char *name, const char *where, bool boolean);
-void conf_free(struct conf *conf); /* with all below; NULL is fine */
+struct conf *conf_copy(const struct conf *conf); /* with all below */
+void conf_free(struct conf *conf);               /* with all below; NULL is fine */
 
 struct conf *conf_add(struct conf *parent,
 	struct conf *item); /* item is owned by parent from now; returns item */

@@ -15,6 +15,7 @@
  */
 #pragma once
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -171,6 +172,8 @@ struct blk_env {
 	struct memory_disks *memory_disks; /* the named disks of the memory layer (memory.c) */
 	bool start_failed; /* set before closing after a failed start: what open() created is removed */
 	bool read_only; /* open everything read-only (tools that only look) */
+	/* Stacks that wait for their last requests before they close, and nobody for them; see mirror/leg.c. */
+	_Atomic unsigned left_behind;
 	/* Hears what no caller is told, such as the loss of a server; see blk_notice(). NULL: nobody. */
 	void (*notice)(const struct blk *blk, const char *text);
 };
@@ -186,8 +189,8 @@ void blk_env_fini(struct blk_env *env);
 int stack_check(const struct conf *list, struct err *err);
 
 /*
- * Opens from the bottom up; on an error everything is closed again and *top is NULL. `list` must
- * outlive the stack. read_only: whatever the layers say.
+ * Opens from the bottom up; on an error everything is closed again and *top is NULL. The layers keep copies
+ * of what they need of `list`. read_only: whatever the layers say.
  */
 suspends int stack_open(const struct conf *list, struct blk_env *env, bool read_only,
 	struct blk **top, struct err *err);
@@ -198,6 +201,13 @@ suspends int stack_open(const struct conf *list, struct blk_env *env, bool read_
  * NULL is fine.
  */
 suspends void stack_close(struct blk *top);
+
+/*
+ * Nobody waits for what is under way any more, and nobody will call again: new requests get -ESHUTDOWN, layers end
+ * what they can end. What cannot be ended goes on, on buffers that stay valid, until it ends by itself. Closing
+ * comes later, as ever.
+ */
+void blk_abandon(struct blk *top);
 
 /* --- being a layer ---------------------------------------------------------------------------- */
 
@@ -242,6 +252,9 @@ struct blk_ops {
 	/* A child's size changed, blk's own is not adjusted yet. Missing: blk takes the size of below over. */
 	void (*child_resized)(struct blk *blk, struct blk *child);
 
+	/* See blk_abandon(); the children are told by themselves. Missing: nothing can be ended early. */
+	void (*abandon)(struct blk *blk);
+
 	/* Adds the layer's own keys to the object. */
 	void (*status)(struct blk *blk, json_t *object);
 };
@@ -273,7 +286,8 @@ struct blk {
 	struct blk *below; /* the next layer of the stack; NULL for a leaf. Owned */
 	struct blk_caps caps;
 	struct blk_env *env;
-	const struct conf *conf; /* the layer's group, for errors that name a place */
+	const struct conf *
+		conf; /* the layer's group, its own copy: options point into it, errors name its place */
 
 	struct blk *parent; /* the layer above, NULL for the top */
 	struct blk_listener *listener;

@@ -189,7 +189,7 @@ static struct blk *blk_create(
 	if (!blk)
 		return NULL;
 	blk->ops = ops;
-	blk->conf = group;
+	blk->conf = conf_copy(group);
 	blk->env = env;
 	blk->below = below;
 	if (below) {
@@ -203,6 +203,13 @@ static struct blk *blk_create(
 	list_init(&blk->extra_children);
 	list_init(&blk->extra_link);
 	return blk;
+}
+
+static void blk_free(struct blk *blk)
+{
+	conf_free(blk->own_conf);
+	conf_free((struct conf *)blk->conf);
+	free(blk);
 }
 
 /* Fills what open() left out, and looks at what the rest relies on. */
@@ -248,8 +255,7 @@ static suspends void close_layer(struct blk *blk)
 		stack_close(list_entry(item, struct blk, extra_link));
 	if (blk->below)
 		blk->below->parent = NULL;
-	conf_free(blk->own_conf);
-	free(blk);
+	blk_free(blk);
 }
 
 /* What blk's open() created, or its children's, goes again when it closes. */
@@ -276,7 +282,7 @@ suspends int blk_open_layer(const struct blk_ops *ops, const struct conf *group,
 	if (ret < 0) {
 		if (*top)
 			(*top)->parent = NULL;
-		free(blk);
+		blk_free(blk);
 		return ret;
 	}
 	ret = ops->open ? ops->open(blk, err) : 0;
@@ -329,6 +335,17 @@ suspends int blk_open_child(struct blk *blk, const struct conf *list, bool read_
 		list_push_back(&blk->extra_children, &(*child)->extra_link);
 	}
 	return ret;
+}
+
+void blk_abandon(struct blk *top)
+{
+	for (struct blk *blk = top; blk; blk = blk->below) {
+		blk->disconnected = true;
+		if (blk->ops->abandon)
+			blk->ops->abandon(blk);
+		list_for_each (item, &blk->extra_children)
+			blk_abandon(list_entry(item, struct blk, extra_link));
+	}
 }
 
 /* Every layer is flushed, since closing the one above it may have written to it. */

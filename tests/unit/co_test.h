@@ -77,6 +77,8 @@ __attribute__((format(printf, 3, 4))) static inline suspends int test_stack_try(
 static inline suspends void test_stack_close(struct test_stack *stack)
 {
 	stack_close(stack->top);
+	while (stack->env.left_behind)
+		co_sleep_ns(NS_PER_MS);
 	blk_env_fini(&stack->env);
 	conf_free(stack->conf);
 }

@@ -9,6 +9,12 @@
 	"    secondary = ( { layer = 'fault' }, { layer = 'memory'; size = 2097664 } ) }," \
 	"  { layer = 'fault' }, { layer = 'memory'; size = 2097664 } )"
 
+/* A secondary that may take its time. */
+#define HOURS_STACK                                                                        \
+	"( { layer = 'mirror'; overwrite = true; timeout = 3600; chunk = 4096;"            \
+	"    secondary = ( { layer = 'fault' }, { layer = 'memory'; size = 2097664 } ) }," \
+	"  { layer = 'fault' }, { layer = 'memory'; size = 2097664 } )"
+
 static char buf[1 << 20];
 
 static void retry_now(struct mirror *mirror)
@@ -270,6 +276,150 @@ suspends CO_TEST(test_primary_write_fails)
 	test_stack_close(&stack);
 }
 
+/* --- ends ------------------------------------------------------------------------------------- */
+
+static suspends void write_once(void *arg)
+{
+	struct mirror *mirror = arg;
+
+	ck_assert_int_eq(blk_write(&mirror->blk, 0, buf, 4096, 0), 0);
+}
+
+/* What takes the mirror's place serves on; the secondary is closed behind everybody's back, later. */
+suspends CO_TEST(test_cancel_while_the_secondary_hangs)
+{
+	struct fault_rules hangs = { .delay_ops = FAULT_ALL, .delay_us = 4000000 };
+	struct test_stack stack;
+	struct co_group group;
+
+	test_stack_open(&stack, HOURS_STACK);
+
+	struct mirror *mirror = mirror_of(&stack);
+
+	wait_phase(mirror, MIRROR_IN_SYNC);
+	fault_set(fault_find(mirror->secondary), &hangs);
+	memset(buf, 'c', sizeof(buf));
+	co_group_init(&group);
+	co_group_start(&group, write_once, mirror);
+	while (!mirror->leg->running.running)
+		co_sleep_ns(0);
+	mirror_cancel(&mirror->blk);
+	co_group_wait(&group); /* the guest had to wait no longer */
+	mirror_unlink(&mirror->blk, &stack.top);
+	stack_close(&mirror->blk);
+	ck_assert_uint_eq(stack.env.left_behind, 1);
+	ck_assert(leg_holds(stack.top, 0, 4096, 'c'));
+	fill_leg(stack.top, 0, 65536, 'd');
+	test_stack_close(&stack);
+}
+
+suspends CO_TEST(test_close_while_the_secondary_hangs)
+{
+	struct fault_rules hangs = { .delay_ops = FAULT_ALL, .delay_us = 5000000 };
+	struct test_stack stack;
+
+	test_stack_open(&stack, STACK, "");
+
+	struct mirror *mirror = mirror_of(&stack);
+
+	wait_phase(mirror, MIRROR_IN_SYNC);
+	fault_set(fault_find(mirror->secondary), &hangs);
+	write_once(mirror);
+	ck_assert_int_eq(mirror->phase, MIRROR_DEGRADED);
+	stack_close(stack.top);
+	stack.top = NULL;
+	ck_assert_uint_eq(stack.env.left_behind, 1);
+	test_stack_close(&stack);
+}
+
+/* A late write could undo a newer one. */
+suspends CO_TEST(test_no_promotion_of_what_owes_answers)
+{
+	struct fault_rules hangs = { .delay_ops = FAULT_ALL, .delay_us = 2500000 };
+	struct test_stack stack;
+	struct err err;
+
+	test_stack_open(&stack, STACK, "");
+
+	struct mirror *mirror = mirror_of(&stack);
+
+	wait_phase(mirror, MIRROR_IN_SYNC);
+	fault_set(fault_find(mirror->secondary), &hangs);
+	write_once(mirror);
+	ck_assert_int_eq(mirror_promote(&mirror->blk, true, false, &err), -EAGAIN);
+	ck_assert_msg(strstr(err.text, "has not answered 1 requests") != NULL, "%s", err.text);
+	fault_set(fault_find(mirror->secondary), NULL);
+	wait_phase(mirror, MIRROR_IN_SYNC);
+	ck_assert_int_eq(mirror_promote(&mirror->blk, false, false, &err), 0);
+	mirror_unlink(&mirror->blk, &stack.top);
+	stack_close(&mirror->blk);
+	test_stack_close(&stack);
+}
+
+static suspends void read_once(void *arg)
+{
+	struct mirror *mirror = arg;
+	char content[4096];
+
+	ck_assert_int_eq(blk_read(&mirror->blk, 0, content, sizeof(content)), 0);
+	ck_assert_int_eq(content[4095], 'r');
+}
+
+/* The read is with the primary when that is replaced, and fails there afterwards. */
+suspends CO_TEST(test_read_across_a_promotion)
+{
+	struct fault_rules bad = { .ops = FAULT_READ,
+		.every = 1,
+		.error = EIO,
+		.delay_ops = FAULT_READ,
+		.delay_us = 50000 };
+	struct test_stack stack;
+	struct co_group group;
+	struct err err;
+
+	test_stack_open(&stack, STACK, "");
+
+	struct mirror *mirror = mirror_of(&stack);
+	struct blk *primary = mirror->primary;
+
+	fill_leg(&mirror->blk, 0, 65536, 'r');
+	wait_phase(mirror, MIRROR_IN_SYNC);
+	fault_set(fault_find(primary), &bad);
+	co_group_init(&group);
+	co_group_start(&group, read_once, mirror);
+	while (!primary->in_flight.running)
+		co_sleep_ns(0);
+	ck_assert_int_eq(mirror_promote(&mirror->blk, false, false, &err), 0);
+	ck_assert_uint_eq(group.running, 1);
+	mirror_unlink(&mirror->blk, &stack.top);
+	stack_close(&mirror->blk);
+	ck_assert_uint_eq(group.running, 0);
+	test_stack_close(&stack);
+}
+
+/* It lost its power after the write, and says so to the next flush only: it must not answer with old data. */
+suspends CO_TEST(test_fallback_does_not_read_what_was_lost)
+{
+	struct fault_rules broken = { .ops = FAULT_FLUSH, .countdown = 1, .error = EIO };
+	struct fault_rules bad = { .ops = FAULT_READ, .every = 1, .error = EIO };
+	struct test_stack stack;
+
+	test_stack_open(&stack, STACK, "on-error = 'stop';");
+
+	struct mirror *mirror = mirror_of(&stack);
+
+	wait_phase(mirror, MIRROR_IN_SYNC);
+	memset(buf, 'n', sizeof(buf));
+	ck_assert_int_eq(blk_write(&mirror->blk, 8192, buf, 4096, 0), 0);
+	fill_leg(mirror->secondary->below, 8192, 4096, 0);
+	fault_set(fault_find(mirror->secondary), &broken);
+	fault_set(fault_find(mirror->primary), &bad);
+	ck_assert_int_eq(blk_read(&mirror->blk, 8192, buf, 4096), -EIO);
+	ck_assert_int_eq(mirror->phase, MIRROR_DEGRADED);
+	fault_set(fault_find(mirror->primary), NULL);
+	test_stack_close(&stack);
+}
+
 int main(void)
 {
 	Suite *suite = suite_create("mirror_fail");
@@ -285,6 +435,11 @@ int main(void)
 	tcase_add_test(tcase, test_primary_read_answered_by_secondary);
 	tcase_add_test(tcase, test_unreadable_chunk);
 	tcase_add_test(tcase, test_primary_write_fails);
+	tcase_add_test(tcase, test_cancel_while_the_secondary_hangs);
+	tcase_add_test(tcase, test_close_while_the_secondary_hangs);
+	tcase_add_test(tcase, test_no_promotion_of_what_owes_answers);
+	tcase_add_test(tcase, test_read_across_a_promotion);
+	tcase_add_test(tcase, test_fallback_does_not_read_what_was_lost);
 	suite_add_tcase(suite, tcase);
 	return co_test_suite(suite);
 }

@@ -96,7 +96,7 @@ static suspends void run_orders(const char *name, int primary_block, int seconda
 	for (order.round = 0; order.round < rounds; order.round++)
 		one_round(&order, stack.fake, secondary);
 	mirror_settle(order.mirror);
-	co_group_wait(&order.mirror->ops_running);
+	co_group_wait(&order.mirror->leg->running);
 	order.mirror->secondary = memory;
 	fake_stack_close(&stack);
 	fake_stack_close(&other);

@@ -102,12 +102,19 @@ static suspends int copy_data(struct mirror *mirror, uint64_t off, uint64_t len)
 	return ret;
 }
 
-static suspends int clear_part(struct mirror *mirror, uint64_t off, uint64_t len, bool hole)
+static suspends int clear_range(struct mirror *mirror, uint64_t off, uint64_t len, bool hole)
 {
 	bool discard = hole && blk_caps(mirror->secondary)->discard;
-	int ret = leg_end(leg_begin(mirror, discard ? LEG_DISCARD : LEG_ZERO, off, len, 0, NULL));
+	enum leg_kind kind = discard ? LEG_DISCARD : LEG_ZERO;
+	int ret = 0;
 
-	return ret ? secondary_failed(mirror, "copy: zero", off, len, ret) : 0;
+	for (uint64_t part; len && !ret; off += part, len -= part) {
+		part = MIN(len, mirror_clear_max(mirror));
+		ret = leg_end(leg_begin(mirror, kind, off, part, 0, NULL));
+		if (ret)
+			secondary_failed(mirror, "copy: zero", off, part, ret);
+	}
+	return ret;
 }
 
 /* The primary is zero there: makes the secondary so where it is not known to be already. */
@@ -126,7 +133,7 @@ static suspends int copy_zeroes(struct mirror *mirror, uint64_t off, uint64_t le
 			const struct blk_extent *extent = &op->list[i];
 
 			if (!(extent->flags & BLK_EXTENT_ZERO))
-				ret = clear_part(mirror, off, extent->len, hole);
+				ret = clear_range(mirror, off, extent->len, hole);
 			off += extent->len;
 			mirror->skipped_bytes += extent->len;
 		}
@@ -188,7 +195,7 @@ static suspends void look_ahead(struct mirror *mirror, struct step *step, uint64
 {
 	struct blk_extent list[1];
 	struct blk_extents extents;
-	uint64_t asked_len = MIN(run_len, (uint64_t)MIRROR_CLEAR_MAX_BYTES);
+	uint64_t asked_len = MIN(run_len, (uint64_t)MIRROR_PASS_MAX_BYTES);
 
 	blk_extents_init(&extents, list, ARRAY_LEN(list));
 	step->data = step->off < mirror->data_until;
@@ -325,9 +332,6 @@ static suspends void probe(struct mirror *mirror)
 	uint64_t run_len;
 	int ret = 0;
 
-	co_group_wait(&mirror->ops_running);
-	if (mirror->closing || mirror->paused || mirror->phase != MIRROR_DEGRADED)
-		return;
 	if (mirror->log.broken)
 		ret = mirror_log_rewrite(mirror);
 	if (!ret && mirror_dirty_next(mirror, 0, &step.off, &run_len)) {
@@ -353,7 +357,9 @@ suspends void mirror_copier_run(void *arg)
 		bool busy = mirror->phase == MIRROR_DEGRADED || mirror->phase == MIRROR_COPYING ||
 			    mirror->dirty_count;
 
-		if (mirror->paused || !busy)
+		bool unanswered = mirror->phase == MIRROR_DEGRADED && mirror->leg->given_up_count;
+
+		if (mirror->paused || !busy || unanswered)
 			co_queue_wait(&mirror->copy_wanted);
 		else if (reactor_now_ns() < mirror->retry_at_ns)
 			co_queue_wait_until(&mirror->copy_wanted, mirror->retry_at_ns);

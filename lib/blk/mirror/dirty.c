@@ -146,6 +146,17 @@ void mirror_recent_mark(struct mirror *mirror, uint64_t off, uint64_t len)
 	}
 }
 
+bool mirror_recent_any(const struct mirror *mirror, uint64_t off, uint64_t len)
+{
+	uint64_t first, count;
+
+	units_touched(mirror->region_size, off, len, &first, &count);
+	for (uint64_t i = first; i < first + count; i++)
+		if (bitmap_test(mirror->recent, i) || bitmap_test(mirror->settling, i))
+			return true;
+	return false;
+}
+
 void mirror_recent_to_dirty(struct mirror *mirror)
 {
 	for (uint64_t i = 0; i < mirror->region_count; i++) {

@@ -120,8 +120,37 @@ void mirror_set_rate(struct blk *blk, uint64_t bytes_per_s)
 static void detach(struct mirror *mirror, bool promoted)
 {
 	mirror->promoted = promoted;
+	mirror->leg_lost = mirror->phase == MIRROR_DEGRADED;
 	snprintf(mirror->note, sizeof(mirror->note), promoted ? "promoted" : "cancelled");
 	mirror_set_phase(mirror, MIRROR_DETACHED);
+}
+
+struct patience {
+	struct leg *leg;
+	struct co_queue over;
+};
+
+static suspends void lose_patience(void *arg)
+{
+	struct patience *patience = arg;
+
+	if (!co_queue_wait_until(&patience->over, reactor_now_ns() + MIRROR_LEG_GRACE_NS))
+		leg_hurry(patience->leg);
+}
+
+/* The whole disk, without waiting long for the secondary. */
+static suspends void lock_in_a_hurry(struct mirror *mirror, struct range *range)
+{
+	struct patience patience = { .leg = mirror->leg };
+	struct co_group group;
+
+	co_group_init(&group);
+	co_queue_init(&patience.over);
+	if (mirror->leg)
+		co_group_start(&group, lose_patience, &patience);
+	range_lock_acquire(&mirror->writes, range, 0, UINT64_MAX, true);
+	co_queue_wake_all(&patience.over);
+	co_group_wait(&group);
 }
 
 suspends void mirror_cancel(struct blk *blk)
@@ -129,7 +158,7 @@ suspends void mirror_cancel(struct blk *blk)
 	struct mirror *mirror = to_mirror(blk);
 	struct range range;
 
-	range_lock_acquire(&mirror->writes, &range, 0, UINT64_MAX, true);
+	lock_in_a_hurry(mirror, &range);
 	mirror_log_end(mirror, false);
 	detach(mirror, false);
 	range_lock_release(&mirror->writes, &range);
@@ -164,19 +193,28 @@ static suspends int promote_locked(struct mirror *mirror, bool force, bool keep,
 {
 	bool in_sync = mirror_in_sync(&mirror->blk);
 	struct leg_op *op;
-	int ret;
+	int ret, primary_ret;
 
 	if (mirror->phase == MIRROR_DETACHED)
 		return err_set(err, EINVAL, "the mirror has ended: %s", mirror->note);
 	if (!in_sync && (!force || keep))
 		return refuse_promote(mirror, err);
+	if (mirror->leg->given_up_count)
+		return err_set(err, EAGAIN,
+			"the secondary has not answered %u requests yet, and a late one could undo "
+			"what is written after it took over",
+			mirror->leg->given_up_count);
 	op = leg_begin(mirror, LEG_FLUSH, 0, 0, 0, NULL);
-	blk_flush(mirror->primary); /* its errors are a reason to promote, not to refuse */
+	primary_ret = blk_flush(mirror->primary);
 	ret = leg_end(op);
 	if (ret) {
 		mirror_degrade(mirror, "flush", 0, 0, ret);
 		return err_sys(err, -ret, "the secondary cannot be flushed");
 	}
+	/* Else its errors are a reason to promote, not to refuse. */
+	if (keep && primary_ret)
+		return err_sys(
+			err, -primary_ret, "the primary, which is to be kept, cannot be flushed");
 	ret = mirror_log_end(mirror, true);
 	if (ret && !force)
 		return err_sys(err, -ret, "the intent log \"%s\" cannot be told", mirror->log_path);
@@ -314,7 +352,7 @@ suspends int mirror_compare(struct blk *blk, uint64_t off, uint64_t *len,
 	struct range range;
 	int ret;
 
-	*len = MIN(*len, (uint64_t)MIRROR_CLEAR_MAX_BYTES);
+	*len = MIN(*len, (uint64_t)MIRROR_PASS_MAX_BYTES);
 	co_group_enter(&blk->in_flight); /* closing waits for it, as for a request */
 	range_lock_acquire(&mirror->writes, &range, off, *len, false);
 	ret = compare_locked(mirror, off, len, sum, err);

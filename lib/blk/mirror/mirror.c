@@ -15,7 +15,7 @@
  * guest goes on with the primary, and what it changes is dirty.
  *
  * Reads are the primary's. One that fails is answered by the secondary, if it is in sync there: that is
- * counted, and told by status. A flush is one of both legs.
+ * counted, and told by status. A flush is one of both legs, once they hold the same.
  *
  * When the mirror ends (promote, cancel) it is detached: it passes everything on to the leg that is left,
  * until it has been taken out of the stack.
@@ -72,12 +72,19 @@ static suspends int change_leg(struct blk *leg, const struct change *change)
 	return blk_zero(leg, change->off, change->len, change->flags);
 }
 
+/* Until both are the same nobody relies on the secondary, so what it has need not be durable. */
+static unsigned leg_flags(const struct mirror *mirror, unsigned flags)
+{
+	flags &= ~(unsigned)BLK_FAST_ZERO;
+	return mirror->phase == MIRROR_IN_SYNC ? flags : flags & ~(unsigned)BLK_FUA;
+}
+
 static suspends int change_both(struct mirror *mirror, const struct change *change)
 {
 	static const char *const names[] = {
 		[LEG_WRITE] = "write", [LEG_ZERO] = "zero", [LEG_DISCARD] = "discard"
 	};
-	unsigned flags = change->flags & ~(unsigned)BLK_FAST_ZERO;
+	unsigned flags = leg_flags(mirror, change->flags);
 	bool in_turn = change->flags & BLK_FAST_ZERO; /* the primary may refuse */
 	struct leg_op *op = NULL;
 	int ret, leg_ret;
@@ -150,8 +157,8 @@ static suspends int clear(
 	int ret = 0;
 
 	while (len && !ret) {
-		uint64_t part = MIN(
-			len, (uint64_t)MIRROR_CLEAR_MAX_BYTES - off % MIRROR_CLEAR_MAX_BYTES);
+		uint64_t part_max = mirror_clear_max(mirror);
+		uint64_t part = MIN(len, part_max - off % part_max);
 		struct change change = { kind, off, part, flags, NULL };
 
 		ret = change_any(mirror, &change);
@@ -179,10 +186,24 @@ static bool secondary_knows(const struct mirror *mirror, uint64_t off, uint64_t 
 	return mirror_leg_used(mirror) && !mirror_dirty_any(mirror, off, len);
 }
 
+/* A secondary that lost its power meanwhile may have lost what it had not flushed: a flush brings that out. */
+static suspends void flush_if_recent(struct mirror *mirror, uint64_t off, uint64_t len)
+{
+	int ret;
+
+	if (!mirror_recent_any(mirror, off, len))
+		return;
+	ret = leg_end(leg_begin(mirror, LEG_FLUSH, 0, 0, 0, NULL));
+	if (ret)
+		mirror_degrade(mirror, "flush", 0, 0, ret);
+}
+
 /* The primary could not read it. What changes meanwhile may be read old or new, but not half dirty. */
 static suspends int read_secondary(
 	struct mirror *mirror, uint64_t off, void *buf, size_t len, int primary_ret)
 {
+	if (secondary_knows(mirror, off, len))
+		flush_if_recent(mirror, off, len);
 	if (!secondary_knows(mirror, off, len))
 		return primary_ret;
 
@@ -205,22 +226,28 @@ static suspends int read_secondary(
 static suspends int mirror_read(struct blk *blk, uint64_t off, void *buf, size_t len)
 {
 	struct mirror *mirror = to_mirror(blk);
+	struct blk *leg;
 	int ret;
 
 	mirror->guest_count++;
-	ret = blk_read(mirror_main_leg(mirror), off, buf, len);
+	/* A leg that failed may have been replaced meanwhile. */
+	do {
+		leg = mirror_main_leg(mirror);
+		ret = blk_read(leg, off, buf, len);
+	} while (unlikely(ret) && leg != mirror_main_leg(mirror));
 	if (likely(!ret) || mirror->phase == MIRROR_DETACHED)
 		return ret;
 	mirror_primary_failed(mirror, off, len, ret);
 	return read_secondary(mirror, off, buf, len, ret);
 }
 
+/* While it copies, the flush at the end of the copy is early enough for the secondary. */
 static suspends int mirror_flush(struct blk *blk)
 {
 	struct mirror *mirror = to_mirror(blk);
 
 	mirror->guest_count++;
-	if (!mirror_leg_used(mirror))
+	if (mirror->phase != MIRROR_IN_SYNC)
 		return blk_flush(mirror_main_leg(mirror));
 
 	struct leg_op *op = leg_begin(mirror, LEG_FLUSH, 0, 0, 0, NULL);
@@ -289,26 +316,11 @@ static void init(struct mirror *mirror)
 	range_lock_init(&mirror->writes);
 	co_queue_init(&mirror->settle_wanted);
 	co_mutex_init(&mirror->settle_mutex);
-	list_init(&mirror->free_ops);
-	co_queue_init(&mirror->op_free);
-	co_group_init(&mirror->ops_running);
 	co_group_init(&mirror->tasks);
 	co_queue_init(&mirror->copy_wanted);
 	co_queue_init(&mirror->changed);
 	co_mutex_init(&mirror->claiming);
 	co_mutex_init(&mirror->log.mutex);
-}
-
-static int create_ops(struct mirror *mirror, struct err *err)
-{
-	mirror->ops = calloc(MIRROR_LEG_OPS, sizeof(*mirror->ops));
-	if (!mirror->ops)
-		return err_set(err, ENOMEM, "out of memory");
-	for (unsigned i = 0; i < MIRROR_LEG_OPS; i++) {
-		co_queue_init(&mirror->ops[i].finished);
-		list_push_back(&mirror->free_ops, &mirror->ops[i].link);
-	}
-	return 0;
 }
 
 /* A mirror hides nothing of the primary; requests are cut for it, the secondary's calls align for themselves. */
@@ -349,8 +361,8 @@ static suspends int mirror_open(struct blk *blk, struct err *err)
 		return ret;
 	mirror_dirty_set(mirror, 0, blk->caps.size);
 	ret = mirror_log_open(mirror, err);
-	if (!ret)
-		ret = create_ops(mirror, err);
+	if (!ret && !(mirror->leg = leg_create(mirror)))
+		ret = err_set(err, ENOMEM, "out of memory");
 	if (ret)
 		return ret;
 	set_caps(mirror);
@@ -369,10 +381,9 @@ static suspends void mirror_close(struct blk *blk)
 	co_queue_wake_all(&mirror->settle_wanted);
 	co_queue_wake_all(&mirror->changed);
 	co_group_wait(&mirror->tasks);
-	if (mirror->ops)
+	if (mirror->leg)
 		mirror_settle(mirror);
-	co_group_wait(&mirror->ops_running);
-	free(mirror->ops);
+	leg_release(mirror, mirror->leg_lost || mirror->phase == MIRROR_DEGRADED);
 	free(mirror->dirty);
 }
 

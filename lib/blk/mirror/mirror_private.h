@@ -26,9 +26,12 @@
 #define MIRROR_CHUNKS_MAX (UINT64_C(1) << 26) /* a bitmap of 8 MiB; then chunks grow */
 #define MIRROR_STEP_MAX_BYTES \
 	(256U << 10) /* of data copied at a time: a guest waits for one step */
-#define MIRROR_CLEAR_MAX_BYTES (64U << 20) /* of zeroes passed over, or made, at a time */
-#define MIRROR_STEPS           4           /* of the copy at the same time */
-#define MIRROR_LEG_OPS         256         /* requests to the secondary at the same time */
+#define MIRROR_PASS_MAX_BYTES       (64U << 20) /* of zeroes passed over at a time */
+#define MIRROR_CLEAR_MAX_BYTES      (16U << 20) /* of zeroes made at a time */
+#define MIRROR_SLOW_CLEAR_MAX_BYTES (1U << 20)  /* by a secondary that has to write them */
+#define MIRROR_STEPS                4           /* of the copy at the same time */
+#define MIRROR_LEG_OPS              256         /* requests to the secondary at the same time */
+#define MIRROR_LEG_GRACE_NS         NS_PER_SEC /* at the end, for requests that it should have answered */
 #define MIRROR_LEG_MAX_BYTES \
 	(64U << 20)           /* what these hold in copies of data; one alone may be more */
 #define MIRROR_EXTENTS      8 /* asked for in one call */
@@ -50,8 +53,9 @@ enum leg_kind { LEG_READ, LEG_WRITE, LEG_ZERO, LEG_DISCARD, LEG_FLUSH, LEG_EXTEN
  * what was given up goes on alone and frees itself.
  */
 struct leg_op {
-	struct list link; /* in mirror->free_ops */
-	struct mirror *mirror;
+	struct list link; /* in leg->free_ops */
+	struct leg *leg;
+	struct blk *disk;
 	enum leg_kind kind;
 	uint64_t off, len;
 	unsigned flags;
@@ -63,6 +67,30 @@ struct leg_op {
 	bool done, given_up;
 	struct co_queue finished;
 };
+
+/* The requests of a mirror. It lives on, without the mirror, until the last of them has ended. */
+struct leg {
+	struct mirror *mirror; /* NULL: gone */
+	struct blk_env *env;
+	struct blk *orphan; /* the secondary, to be closed then; NULL: somebody else does */
+	struct leg_op ops[MIRROR_LEG_OPS];
+	struct list free_ops;
+	struct co_queue op_free;
+	struct co_group running; /* given up ones as well */
+	uint64_t bytes;          /* that they hold */
+	unsigned given_up_count;
+	bool hurried; /* nobody waits for an answer any more */
+};
+
+/* NULL when there is no memory. */
+struct leg *leg_create(struct mirror *mirror);
+/*
+ * The mirror ends, and its tasks have. lost: what the secondary was told does not matter any more. In
+ * bounded time: a secondary that does not answer is closed when it does, in the background.
+ */
+suspends void leg_release(struct mirror *mirror, bool lost);
+/* Whoever waits gets -ETIMEDOUT at once. */
+void leg_hurry(struct leg *leg);
 
 /*
  * Begins a request (data: what to write, copied). NULL when it could not begin in time or for want of memory:
@@ -127,6 +155,7 @@ struct mirror {
 	enum mirror_phase phase;
 	bool promoted; /* detached, and the secondary serves */
 	bool closing;
+	bool leg_lost;            /* the secondary had failed when the mirror ended */
 	struct range_lock writes; /* guests' changes and copy steps, exclusive */
 	char note[224];           /* why it copies what it copies */
 	int64_t phase_time;       /* since when it is in this phase, seconds */
@@ -142,11 +171,7 @@ struct mirror {
 	struct co_queue settle_wanted;
 
 	/* leg.c */
-	struct leg_op *ops;
-	struct list free_ops;
-	struct co_queue op_free;
-	struct co_group ops_running; /* given up ones as well */
-	uint64_t op_bytes;
+	struct leg *leg;
 	unsigned degradations; /* counts; whoever waits meanwhile compares */
 	struct mirror_failure secondary_failure, primary_failure;
 	uint64_t retry_at_ns, retry_delay_ns;
@@ -185,6 +210,13 @@ static inline bool mirror_leg_used(const struct mirror *mirror)
 	return mirror->phase == MIRROR_COPYING || mirror->phase == MIRROR_IN_SYNC;
 }
 
+/* What the secondary can zero within the time it has, by far. */
+static inline uint64_t mirror_clear_max(const struct mirror *mirror)
+{
+	return mirror->secondary && mirror->secondary->caps.zero_fast ? MIRROR_CLEAR_MAX_BYTES
+								      : MIRROR_SLOW_CLEAR_MAX_BYTES;
+}
+
 /* Who serves when the mirror only passes on, and who is asked first otherwise. */
 static inline struct blk *mirror_main_leg(const struct mirror *mirror)
 {
@@ -206,6 +238,7 @@ bool mirror_dirty_any(const struct mirror *mirror, uint64_t off, uint64_t len);
 bool mirror_dirty_next(const struct mirror *mirror, uint64_t off, uint64_t *start, uint64_t *len);
 /* Both legs are about to be written there. */
 void mirror_recent_mark(struct mirror *mirror, uint64_t off, uint64_t len);
+bool mirror_recent_any(const struct mirror *mirror, uint64_t off, uint64_t len);
 void mirror_recent_to_dirty(struct mirror *mirror);
 /* The regions that the log must have: recent or with dirty chunks. */
 void mirror_regions_needed(const struct mirror *mirror, uint64_t *regions);

@@ -215,6 +215,19 @@ static suspends int remote_open(struct blk *blk, struct err *err)
 	return 0;
 }
 
+/* Requests end when the keepers have cleared up. The server may carry out what it has got. */
+static void remote_abandon(struct blk *blk)
+{
+	struct remote *remote = to_remote(blk);
+
+	remote->closing = true;
+	for (unsigned i = 0; i < remote->conn_count; i++) {
+		remote_conn_lose(&remote->conns[i], ESHUTDOWN, "the disk is not used any more");
+		co_queue_wake_all(&remote->conns[i].changed);
+	}
+	co_queue_wake_all(&remote->waiting);
+}
+
 /* Takes as long as one goodbye, and the look-up of a name that may be under way. */
 static suspends void remote_close(struct blk *blk)
 {
@@ -278,6 +291,7 @@ const struct blk_ops nbd_ops = {
 	.check = remote_check,
 	.open = remote_open,
 	.close = remote_close,
+	.abandon = remote_abandon,
 	.read = remote_read,
 	.write = remote_write,
 	.flush = remote_flush,

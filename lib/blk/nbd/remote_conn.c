@@ -382,6 +382,7 @@ int remote_conn_start(struct remote_conn *conn, struct err *err)
 /* The requests the server has not answered go elsewhere; libnbd has no use for their buffers any more. */
 static void clear_up(struct remote_conn *conn)
 {
+	conn->lost = false;
 	nbd_close(conn->handle);
 	conn->handle = NULL;
 	while (!list_empty(&conn->requests))
@@ -438,7 +439,6 @@ suspends void remote_conn_keep(void *arg)
 		if (conn->ready) {
 			co_queue_wait(&conn->changed);
 		} else if (conn->lost) {
-			conn->lost = false;
 			clear_up(conn);
 			pause_ns = conn->answered ? 0 : longer_pause(remote, pause_ns);
 			pause_for(conn, pause_ns);
@@ -452,5 +452,7 @@ suspends void remote_conn_keep(void *arg)
 		stop_watching(conn);
 	conn->ready = false;
 	timer_cancel(&conn->silence);
+	if (conn->lost)
+		clear_up(conn);
 	remote_conn_disconnect(conn);
 }

@@ -162,7 +162,7 @@ static struct remote_conn *choose(struct remote *remote, enum remote_type type)
 static suspends bool wait_for_connection(struct remote *remote, uint64_t give_up_ns)
 {
 	while (!remote->ready_count) {
-		if (remote->refused)
+		if (remote->refused || remote->closing)
 			return false;
 		if (!co_queue_wait_until(&remote->waiting, MIN(give_up_ns, remote->give_up_ns)))
 			return false;
