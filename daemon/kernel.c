@@ -167,6 +167,7 @@ static suspends void serve(void *arg)
 		.fd = serving->fd,
 		.limits = &nbd_limits_default,
 		.peer = serving->device,
+		.origin = NBD_FROM_KERNEL,
 	};
 	int ret = nbd_serve(serving->nbd, &session);
 

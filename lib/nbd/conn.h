@@ -58,12 +58,14 @@ struct nbd_request {
 	struct nbd_conn *conn;
 	uint16_t type, flags; /* NBD_CMD_..., NBD_CMD_FLAG_... */
 	be64 cookie;
+	uint64_t received_ns;    /* the turn in which it came */
+	enum nbd_counter kind;   /* NBD_COUNTERS: was refused */
 	uint64_t off, len;       /* the range */
 	uint8_t *payload;        /* of a read or write, descriptors of a block status; else NULL */
 	uint32_t payload_bytes;  /* what payload was taken for */
 	struct nbd_chunk *chunk; /* where payload lies, or NULL: it is a buffer of its own */
 
-	/* The reply, piece by piece: form.c fills it in. */
+	/* The reply, piece by piece: form.c fills it in. What is above is known when it was received. */
 	struct iovec *pieces; /* own_pieces, or in fragments */
 	unsigned piece_count;
 	size_t reply_bytes; /* of all pieces */
@@ -84,7 +86,9 @@ struct nbd_conn {
 	const struct nbd_limits *limits;
 	bool read_only;
 	enum nbd_form form;
-	bool allocation; /* the client may ask for block status */
+	bool allocation;             /* the client may ask for block status */
+	struct nbd_latency *latency; /* the export's, for this door */
+	const struct nbd_trace *trace;
 	char *peer;
 	uint64_t id; /* of the visitor */
 	uint64_t since_ns;

@@ -13,6 +13,8 @@
 #include "base/log.h"
 #include "base/util.h"
 #include "nbd/conn.h"
+#include "nbd/latency.h"
+#include "nbd/trace.h"
 #include "rt/tls.h"
 
 /*
@@ -93,6 +95,8 @@ static struct nbd_conn *conn_create(struct nbd_export *export, const struct nbd_
 	conn->read_only = nbd_export_flags(export, session->read_only) & NBD_FLAG_READ_ONLY;
 	conn->form = session->form;
 	conn->allocation = session->allocation;
+	conn->latency = &export->latency[session->origin];
+	conn->trace = session->trace;
 	conn->since_ns = reactor_now_ns();
 	conn->peer = strdup(session->peer);
 	conn->slots = calloc(limits->requests, sizeof(*conn->slots));
@@ -224,6 +228,9 @@ suspends int nbd_serve(struct nbd_export *export, const struct nbd_session *sess
 	if (ret)
 		log_debug("nbd: export \"%s\": client %s: %s", export->name, conn->peer,
 			strerror(-ret));
+	if (nbd_traced(conn->trace))
+		nbd_trace(conn->trace, "the last request was received: %s",
+			ret ? strerror(-ret) : "the client is through");
 	timer_cancel(&conn->idle_timer);
 	conn_finish(conn);
 	stream_fini(&conn->stream);
@@ -263,21 +270,22 @@ suspends void nbd_export_close(struct nbd_export *export, uint64_t grace_ns)
 
 /* --- status ----------------------------------------------------------------------------------- */
 
+const char *const nbd_counter_names[NBD_COUNTERS] = {
+	[NBD_COUNT_READ] = "read",
+	[NBD_COUNT_WRITE] = "write",
+	[NBD_COUNT_FLUSH] = "flush",
+	[NBD_COUNT_TRIM] = "trim",
+	[NBD_COUNT_ZERO] = "zero",
+	[NBD_COUNT_CACHE] = "cache",
+	[NBD_COUNT_BLOCK_STATUS] = "block_status",
+};
+
 static void put_counters(json_t *object, const struct nbd_counters *counters)
 {
-	static const char *const names[NBD_COUNTERS] = {
-		[NBD_COUNT_READ] = "read",
-		[NBD_COUNT_WRITE] = "write",
-		[NBD_COUNT_FLUSH] = "flush",
-		[NBD_COUNT_TRIM] = "trim",
-		[NBD_COUNT_ZERO] = "zero",
-		[NBD_COUNT_CACHE] = "cache",
-		[NBD_COUNT_BLOCK_STATUS] = "block_status",
-	};
 	json_t *requests = json_object();
 
 	for (int i = 0; i < NBD_COUNTERS; i++)
-		json_object_set_new(requests, names[i],
+		json_object_set_new(requests, nbd_counter_names[i],
 			json_pack("{s:I, s:I}", "requests", (json_int_t)counters->requests[i],
 				"bytes", (json_int_t)counters->bytes[i]));
 	json_object_set_new(object, "requests", requests);
@@ -328,6 +336,10 @@ json_t *nbd_export_status(struct nbd_export *export)
 	json_object_set_new(
 		status, "connections", json_integer((json_int_t)json_array_size(clients)));
 	put_counters(status, &sum);
+	json_object_set_new(
+		status, "latency", nbd_latency_status(&export->latency[NBD_FROM_LISTENER]));
+	json_object_set_new(
+		status, "kernel_latency", nbd_latency_status(&export->latency[NBD_FROM_KERNEL]));
 	json_object_set_new(status, "clients", clients);
 	return status;
 }

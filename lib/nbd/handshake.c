@@ -23,10 +23,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "base/log.h"
 #include "base/util.h"
 #include "nbd/handshake.h"
 #include "nbd/proto.h"
+#include "nbd/trace.h"
 #include "rt/tls.h"
 
 /* Option data that does not fit is skipped up to this length; a longer one ends the connection. */
@@ -66,6 +66,8 @@ void nbd_option_reply(struct nbd_handshake *handshake, uint32_t type, const void
 		.len = be32_make((uint32_t)(head_bytes + tail_bytes)),
 	};
 
+	if (nbd_traced(handshake->visitor->trace))
+		nbd_trace_option_reply(handshake, type, head_bytes + tail_bytes, tail);
 	append(handshake, &header, sizeof(header));
 	append(handshake, head, head_bytes);
 	append(handshake, tail, tail_bytes);
@@ -387,11 +389,14 @@ static suspends int start_tls(struct nbd_handshake *handshake)
 	ret = tls_accept(
 		&handshake->stream, visitor->tls_server, handshake->deadline_ns, &session, &err);
 	if (ret) {
-		log_debug("nbd: client %s: %s", visitor->peer, err.text);
+		if (visitor->tls_failed)
+			visitor->tls_failed(visitor, err.text);
 		return ret;
 	}
 	stream_set_tls(&handshake->stream, session);
 	nbd_negotiation_forget(handshake);
+	if (nbd_traced(visitor->trace))
+		nbd_trace(visitor->trace, "TLS begins: %s", tls_text(session));
 	return NEXT_OPTION;
 }
 
@@ -524,10 +529,14 @@ static suspends int answer_option(struct nbd_handshake *handshake)
 	if (!option || handshake->len > sizeof(handshake->data) || is_unwelcome(handshake) ||
 		needs_tls_first(handshake, option)) {
 		ret = skip_data(handshake);
+		if (!ret && nbd_traced(handshake->visitor->trace))
+			nbd_trace_option(handshake);
 		if (!ret)
 			ret = refuse_option(handshake, option);
 	} else {
 		ret = receive(handshake, handshake->data, handshake->len);
+		if (!ret && nbd_traced(handshake->visitor->trace))
+			nbd_trace_option(handshake);
 		if (!ret)
 			ret = option->answer(handshake);
 	}

@@ -12,12 +12,14 @@
  * What ends a connection: the client (NBD_CMD_DISC, end of stream), stopping, a wrong magic number or an
  * absurd length ("Terminating the transmission phase" allows a hard disconnect), a broken socket.
  */
+#include <assert.h>
 #include <errno.h>
 #include <string.h>
 
 #include "base/log.h"
 #include "base/util.h"
 #include "nbd/conn.h"
+#include "nbd/trace.h"
 #include "rt/buf.h"
 
 /* A payload up to this size is put together in the chunk, which may cost a copy of what is there. */
@@ -34,8 +36,7 @@
 
 /*
  * The work after which others get their turn, if there is more at hand. A client that keeps 64 requests in flight, or
- * less, never notices.
- * The reactor looks at its sockets after at most sixteen such turns.
+ * less, never notices. The others are those who have news for us, too: a newcomer waits for one such turn of each.
  */
 #define TURN_REQUESTS 64
 #define TURN_BYTES    (256U << 10)
@@ -143,7 +144,7 @@ static bool has_had_its_turn(const struct nbd_conn *conn)
 static suspends void let_others_run(struct nbd_conn *conn)
 {
 	pause_batch(conn);
-	co_yield ();
+	co_yield_turn();
 	conn->batching = true;
 	conn->turn_requests = 0;
 	conn->turn_bytes = 0;
@@ -305,10 +306,12 @@ static suspends int start_request(
 
 	if (ret)
 		return ret;
-	struct nbd_request *request = list_entry(
-		list_pop_front(&conn->free), struct nbd_request, link);
-	*request = *received;
+	struct list *slot = list_pop_front(&conn->free);
+	assert(slot); /* there is room */
+	struct nbd_request *request = list_entry(slot, struct nbd_request, link);
+	memcpy(request, received, offsetof(struct nbd_request, pieces));
 	list_init(&request->link);
+	request->received_ns = reactor_now_ns();
 	conn->in_flight++;
 	conn->turn_requests++;
 	conn->turn_bytes += request->payload ? request->len : nbd_request_buffer_bytes(request);
@@ -412,12 +415,18 @@ static suspends int receive_what_follows(struct nbd_conn *conn, struct nbd_reque
 
 static suspends int receive_request(struct nbd_conn *conn)
 {
-	struct nbd_request request = { .conn = conn };
+	struct nbd_request request;
 	struct nbd_refusal refusal;
+
+	/* The rest comes with the slot. */
+	memset(&request, 0, offsetof(struct nbd_request, pieces));
+	request.conn = conn;
 	int ret = receive_header(conn, &request);
 
 	if (ret)
 		return ret;
+	if (nbd_traced(conn->trace))
+		nbd_trace_request(&request);
 	if (request.type == NBD_CMD_DISC) {
 		conn->stopping = true;
 		conn->pos = conn->fill; /* nothing may follow */

@@ -12,6 +12,7 @@
 
 #include "base/util.h"
 #include "nbd/conn.h"
+#include "nbd/latency.h"
 
 /* In one system call: enough for 64 reads of one piece of data each, or two with all the holes allowed. */
 #define PIECES_PER_SEND_MAX 128
@@ -81,6 +82,8 @@ static void gather(const struct nbd_conn *conn, struct gathered *all, size_t max
 /* So many more bytes are in the socket. */
 static void sent(struct nbd_conn *conn, size_t bytes)
 {
+	uint64_t now_ns = reactor_clock_ns();
+
 	conn->moved += bytes != 0;
 	conn->ready_bytes -= bytes;
 	conn->sent_bytes += bytes;
@@ -92,6 +95,8 @@ static void sent(struct nbd_conn *conn, size_t bytes)
 		conn->sent_bytes -= first->reply_bytes;
 		conn->ready_count--;
 		list_remove(&first->link);
+		if (first->kind < NBD_COUNTERS)
+			nbd_latency_count(conn->latency, first->kind, now_ns - first->received_ns);
 		release(first);
 	}
 }

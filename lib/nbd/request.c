@@ -13,6 +13,7 @@
 
 #include "base/util.h"
 #include "nbd/conn.h"
+#include "nbd/trace.h"
 
 /* What is read at a time for NBD_CMD_CACHE. */
 #define CACHE_PIECE_BYTES (256U << 10)
@@ -229,6 +230,7 @@ static suspends void run(void *arg)
 	enum nbd_counter counter = commands[request->type].counter;
 	int ret;
 
+	request->kind = counter;
 	if (request->type == NBD_CMD_READ) {
 		ret = nbd_read(request);
 	} else if (request->type == NBD_CMD_BLOCK_STATUS) {
@@ -243,6 +245,8 @@ static suspends void run(void *arg)
 	counters->requests[counter]++;
 	counters->bytes[counter] += ret ? 0 : request->len;
 	counters->errors += ret != 0;
+	if (nbd_traced(request->conn->trace))
+		nbd_trace_end(request, nbd_refusal_of(request, ret));
 	nbd_reply(request);
 }
 
@@ -253,7 +257,10 @@ void nbd_request_start(struct nbd_request *request)
 
 void nbd_refuse(struct nbd_request *request, struct nbd_refusal why)
 {
+	request->kind = NBD_COUNTERS;
 	request->conn->counters.errors++;
+	if (nbd_traced(request->conn->trace))
+		nbd_trace_end(request, why);
 	nbd_form_error(request, why, NULL);
 	nbd_reply(request);
 }

@@ -164,7 +164,8 @@ suspends int nbd_client(struct nbd_server *server, int fd, const struct nbd_visi
 			.limits = &call.limits,
 			.peer = visitor->peer,
 			.id = visitor->id,
-			.read_only = visitor->read_only },
+			.read_only = visitor->read_only,
+			.trace = visitor->trace },
 	};
 	int ret = handshake(server, visitor, &call.session, &export);
 	if (export) {

@@ -16,6 +16,7 @@
  */
 #pragma once
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -63,6 +64,20 @@ struct nbd_counters {
 	uint64_t errors; /* answered with an error, ill-formed ones included */
 };
 
+/* How long they took, by kind; see latency.h. */
+#define NBD_LATENCY_BUCKETS 26
+
+struct nbd_latency {
+	uint64_t counts[NBD_COUNTERS][NBD_LATENCY_BUCKETS];
+};
+
+/* The log of the protocol: what one client asks and is told. */
+struct nbd_trace {
+	atomic_bool on; /* any thread, at any time */
+	/* Gets every line while it is on; on whatever reactor the client is served by. */
+	void (*line)(const struct nbd_trace *trace, const char *text);
+};
+
 /* --- who comes in ----------------------------------------------------------------------------- */
 
 struct nbd_export;
@@ -79,9 +94,15 @@ struct nbd_visitor {
 	enum nbd_tls tls;
 	struct tls_server *tls_server; /* not NULL unless tls is off */
 	bool read_only;                /* also where the export is not */
+	const struct nbd_trace *trace; /* NULL: none */
+	/* Told why the handshake of TLS failed; may be NULL. Server's reactor. */
+	void (*tls_failed)(const struct nbd_visitor *visitor, const char *reason);
 	/* Whether the export is there for this client; NULL: all are. Server's reactor. */
 	bool (*may_enter)(const struct nbd_visitor *visitor, const struct nbd_export *export);
 };
+
+/* Where a connection came from. */
+enum nbd_origin { NBD_FROM_LISTENER, NBD_FROM_KERNEL, NBD_ORIGINS };
 
 /* --- exports ---------------------------------------------------------------------------------- */
 
@@ -106,6 +127,7 @@ struct nbd_export {
 	bool closing;            /* nbd_serve() refuses with -ESHUTDOWN */
 	struct nbd_counters
 		counters; /* of connections that are gone; nbd_export_status() adds the others */
+	struct nbd_latency latency[NBD_ORIGINS]; /* of all connections */
 };
 
 void nbd_export_init(struct nbd_export *export, const char *name, const char *description,
@@ -126,7 +148,10 @@ suspends void nbd_export_close(struct nbd_export *export, uint64_t grace_ns);
  */
 uint16_t nbd_export_flags(const struct nbd_export *export, bool read_only);
 
-/* Home reactor. {"connections": n, "requests": {"read": {"requests", "bytes"}, ...}, "errors", "clients": [...]} */
+/*
+ * Home reactor. {"connections": n, "requests": {"read": {"requests", "bytes"}, ...}, "errors", "latency",
+ * "kernel_latency", "clients": [...]}
+ */
 json_t *nbd_export_status(struct nbd_export *export);
 
 /* What requests and replies look like, by what the client asked for in its handshake. */
@@ -144,6 +169,8 @@ struct nbd_session {
 	uint64_t id;      /* of the visitor, 0: none */
 	struct tls *tls;  /* on the socket, taken over too; NULL: none */
 	bool read_only;   /* also when the export is not */
+	enum nbd_origin origin;
+	const struct nbd_trace *trace; /* outlives the connection; NULL: none */
 	enum nbd_form form;
 	bool allocation; /* the metadata context base:allocation was selected */
 

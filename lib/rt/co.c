@@ -239,6 +239,15 @@ suspends void co_yield (void)
 	co_suspend();
 }
 
+suspends void co_yield_turn(void)
+{
+	struct co *self = co_self();
+
+	assert(list_empty(&self->link));
+	list_push_back(&reactor_current->next_turn, &self->link);
+	co_suspend();
+}
+
 void co_resume(struct list *link)
 {
 	struct co *co = list_entry(link, struct co, link);

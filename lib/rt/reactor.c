@@ -45,7 +45,7 @@ uint64_t reactor_now_ns(void)
 	return reactor_current->now_ns;
 }
 
-static uint64_t clock_now_ns(void)
+uint64_t reactor_clock_ns(void)
 {
 	struct timespec now;
 
@@ -257,10 +257,12 @@ static void wait_for_events(struct reactor *reactor)
 	struct timespec timeout = { 0 };
 	bool wait_forever = false;
 
-	if (list_empty(&reactor->ready) && list_empty(&reactor->deferred)) {
+	if (list_empty(&reactor->ready) && list_empty(&reactor->deferred) &&
+		list_empty(&reactor->next_turn)) {
 		wait_forever = !reactor->timer_count;
 		if (!wait_forever) {
-			uint64_t now_ns = clock_now_ns(), due_ns = reactor->heap[0]->deadline_ns;
+			uint64_t now_ns = reactor_clock_ns(),
+				 due_ns = reactor->heap[0]->deadline_ns;
 			uint64_t left_ns = due_ns > now_ns ? due_ns - now_ns : 0;
 
 			timeout.tv_sec = (time_t)MIN(left_ns / NS_PER_SEC, UINT64_C(86400));
@@ -271,7 +273,7 @@ static void wait_for_events(struct reactor *reactor)
 		wait_forever ? NULL : &timeout, NULL);
 	assert(count >= 0 || errno == EINTR);
 	reactor->event_count = MAX(count, 0);
-	reactor->now_ns = clock_now_ns();
+	reactor->now_ns = reactor_clock_ns();
 }
 
 static void reactor_turn(struct reactor *reactor)
@@ -285,6 +287,7 @@ static void reactor_turn(struct reactor *reactor)
 			watch->fn(watch, event->events);
 	}
 	run_due_timers(reactor);
+	list_splice_back(&reactor->ready, &reactor->next_turn);
 	run_until_idle(reactor);
 }
 
@@ -292,7 +295,7 @@ void reactor_run(struct reactor *reactor)
 {
 	assert(!reactor_current);
 	reactor_current = reactor;
-	reactor->now_ns = clock_now_ns();
+	reactor->now_ns = reactor_clock_ns();
 	co_pool_init(&reactor->co);
 	if (watch_add(&reactor->wake_watch, reactor->wake_fd, EPOLLIN, run_posted) ||
 		reactor->engine->ops->start(reactor->engine))
@@ -340,6 +343,7 @@ int reactor_create(struct reactor **created, const char *engine_name, struct err
 	if (!reactor)
 		return err_set(err, ENOMEM, "no memory for a reactor");
 	list_init(&reactor->ready);
+	list_init(&reactor->next_turn);
 	list_init(&reactor->deferred);
 	list_init(&reactor->posted);
 	buf_pool_init(&reactor->bufs);

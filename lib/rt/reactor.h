@@ -39,6 +39,8 @@ const char *reactor_engine_name(const struct reactor *reactor);
 
 /* CLOCK_MONOTONIC in ns, read once per turn (cheap; good for deadlines, not for measuring). */
 uint64_t reactor_now_ns(void);
+/* The same clock, read now. */
+uint64_t reactor_clock_ns(void);
 
 /* --- tasks ------------------------------------------------------------------------------------ */
 
@@ -91,6 +93,9 @@ void timer_cancel(struct timer *timer);
 /* --- for coroutines --------------------------------------------------------------------------- */
 
 suspends void co_sleep_ns(uint64_t duration_ns);
+
+/* As co_yield(), but until the sockets have been looked at: those who have news go first. */
+suspends void co_yield_turn(void);
 
 /* Runs fn(arg) as a coroutine on another reactor (or this one) and waits for its end. */
 suspends void co_call_on(struct reactor *reactor, co_fn *fn, void *arg);

@@ -47,8 +47,9 @@ struct reactor {
 	int epoll_fd, wake_fd;
 	struct watch wake_watch;
 	struct engine *engine;
-	struct list ready;    /* coroutines to resume */
-	struct list deferred; /* tasks for the end of this turn */
+	struct list ready;     /* coroutines to resume */
+	struct list next_turn; /* and those of co_yield_turn() */
+	struct list deferred;  /* tasks for the end of this turn */
 	uint64_t now_ns;
 	struct timer **heap; /* armed timers, a binary heap by deadline */
 	size_t timer_count, timer_capacity;

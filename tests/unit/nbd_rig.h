@@ -59,8 +59,9 @@ struct rig {
 	const char *upper_layers; /* of the first export */
 	struct rig_export exports[RIG_EXPORTS];
 	struct co_group clients;
-	int last_ret;        /* of the client that left last */
-	unsigned fds_before; /* when the server is gone, as many are open */
+	struct nbd_trace trace; /* of all clients; its `line` must be set before it is on */
+	int last_ret;           /* of the client that left last */
+	unsigned fds_before;    /* when the server is gone, as many are open */
 };
 
 /* --- what is held -------------------------------------------------------------------------------- */
@@ -241,7 +242,7 @@ static suspends void rig_client_run(void *arg)
 	struct rig_client client = *(struct rig_client *)arg;
 	struct rig *rig = client.rig;
 
-	const struct nbd_visitor visitor = { .peer = "test" };
+	const struct nbd_visitor visitor = { .peer = "test", .trace = &rig->trace };
 
 	rig->last_ret = client.export ? nbd_serve(client.export, &client.session)
 				      : nbd_client(&rig->server, client.session.fd, &visitor);
@@ -264,6 +265,7 @@ static inline int rig_connect_as(
 	client.session.fd = fds[1];
 	client.session.limits = &rig->limits;
 	client.session.peer = "test";
+	client.session.trace = &rig->trace;
 	rig_run(rig, rig_client_start, &client);
 	return fds[0];
 }
