@@ -113,6 +113,24 @@ CO_TEST(test_life)
 	life_of_snapshots("cluster_size=512,refcount_bits=64");
 }
 
+/* Two snapshots and the disk share all: no more than three references, which two bits can count, at any time. */
+CO_TEST(test_narrow_counts)
+{
+	struct test_stack stack;
+
+	image_must("qemu-img create -q -f qcow2 -o refcount_bits=2 image.qcow2 16M");
+	open_image(&stack);
+	fill(stack.top, 0, 4 * MIB, 1);
+	must_change(stack.top, QCOW_SNAPSHOT_CREATE, "one");
+	must_change(stack.top, QCOW_SNAPSHOT_CREATE, "two");
+	must_change(stack.top, QCOW_SNAPSHOT_APPLY, "one");
+	fill(stack.top, 0, MIB, 2);
+	must_change(stack.top, QCOW_SNAPSHOT_APPLY, "two");
+	expect(stack.top, 0, 4 * MIB, 1);
+	expect_sound(stack.top);
+	test_stack_close(&stack);
+}
+
 /* The L1 table shrinks and grows with the disk; what lies beyond must not be looked at. */
 CO_TEST(test_other_size)
 {
@@ -317,6 +335,7 @@ int main(void)
 
 	tcase_set_timeout(tcase, 120);
 	tcase_add_test(tcase, test_life);
+	tcase_add_test(tcase, test_narrow_counts);
 	tcase_add_test(tcase, test_other_size);
 	tcase_add_test(tcase, test_grow_new_image);
 	tcase_add_test(tcase, test_refusals);

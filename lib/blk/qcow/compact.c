@@ -262,7 +262,7 @@ static suspends int compact_held(struct compaction *c)
 	if (!ret)
 		ret = count_used(c);
 	if (!ret) {
-		q->free_index = 0;
+		qcow_search_anew(q);
 		ret = move_everything(c);
 	}
 	if (!ret || ret == -ECANCELED) {

@@ -12,9 +12,6 @@
  * When it fails, the old header is stored again: then the image is the old one for certain. If that fails as well,
  * the layer refuses writes; if the new tables cannot be read, everything. The image itself is sound then, the
  * old or the new one.
- *
- * Known fault: seldom, a power cut close to a snapshot under load leaves a copied flag on a cluster that is
- * shared, which a check reports. blkstack-img repair mends it.
  */
 #include "blk/qcow/live.h"
 

@@ -13,7 +13,6 @@
  *	resize.c	other sizes
  *	backing.c	the files an image refers to
  *	snapshot.c check.c compact.c	what their names say
- *	live.c		checks and snapshots while the disk is in use
  *	live.c		checks and snapshots of an image in use
  *
  * How an image stays sound (the format's rules are kept at every instant, for any subset of unflushed
@@ -137,7 +136,7 @@ struct qcow {
 	struct cache l2_cache, refcount_cache;
 	struct cluster_set metadata; /* L2 tables and refcount blocks */
 
-	/* allocation */
+	/* allocation: who waits for a refcount block holds the mutex, and relies on the indices standing still */
 	struct co_mutex alloc_mutex;
 	struct co_mutex l2_mutex; /* linking a new L2 table */
 	uint64_t free_index;      /* no free cluster lies below */
@@ -285,6 +284,8 @@ suspends int qcow_alloc(
 	struct qcow *q, uint64_t want, uint64_t *host_off, uint64_t *got, bool *fresh);
 /* Exactly count contiguous ones. */
 suspends int qcow_alloc_exactly(struct qcow *q, uint64_t count, uint64_t *host_off, bool *fresh);
+/* The next allocations look for free clusters from the start of the file. */
+suspends void qcow_search_anew(struct qcow *q);
 /* One cluster below host cluster `limit`, its content undefined; -ENOSPC when there is none. */
 suspends int qcow_alloc_below(struct qcow *q, uint64_t limit, uint64_t *host_off);
 /* Moves refcount blocks at or behind host cluster `mark` before it, as long as there is room: else -ENOSPC. */

@@ -461,7 +461,7 @@ static suspends int search_slice(struct qcow *q, uint64_t want, uint64_t *index,
 {
 	uint64_t first = q->free_index % counts_per_slice(q);
 	uint64_t slice_end = q->free_index - first + counts_per_slice(q);
-	uint64_t end = MIN(slice_end, q->end_index);
+	uint64_t end = MIN(slice_end, q->end_index); /* alloc_mutex keeps both where they are */
 	struct slice *slice;
 
 	*got = 0;
@@ -589,6 +589,13 @@ static suspends int alloc_below_locked(
 		ret = *index + count <= end ? claim(q, *index, count) : -ENOSPC;
 	q->free_index = MIN(q->free_index, first_free);
 	return ret;
+}
+
+suspends void qcow_search_anew(struct qcow *q)
+{
+	co_mutex_lock(&q->alloc_mutex);
+	q->free_index = 0;
+	co_mutex_unlock(&q->alloc_mutex);
 }
 
 suspends int qcow_alloc_below(struct qcow *q, uint64_t limit, uint64_t *host_off)

@@ -227,10 +227,11 @@ static suspends int prepare_apply(struct work *work, const struct qcow_header *h
 
 	if (!ret)
 		ret = disk_entries(work, snapshot, &count, err);
-	if (!ret)
-		ret = shadow_add_tree(&work->shadow, words, count, 1, err);
+	/* Down first: what both share would have one reference too many in between for narrow counts. */
 	if (!ret)
 		ret = shadow_add_tree(&work->shadow, work->active, header->l1_entry_count, -1, err);
+	if (!ret)
+		ret = shadow_add_tree(&work->shadow, words, count, 1, err);
 	if (ret)
 		return ret;
 	/*
