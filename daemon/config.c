@@ -16,13 +16,12 @@
 #include <ctype.h>
 #include <errno.h>
 #include <libconfig.h>
-#include <libgen.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 
 #include "base/cleanup.h"
+#include "base/log.h"
 #include "base/util.h"
 #include "blk/blk.h"
 #include "daemon/config-text.h"
@@ -33,6 +32,7 @@
 #define EXPORT_NAME_MAX 64 /* also a file name below /dev/blkstack */
 #define REACTORS_MAX    64
 
+static const char *const log_levels[] = { "error", "warning", "info", "debug", NULL };
 static const char *const engines[] = { "auto", "uring", "threads", NULL };
 
 /* What the top level of the file says, before checks that need more than a table. */
@@ -42,7 +42,7 @@ struct settings {
 	const char *listen_mode, *listen_group;
 	int64_t max_connections, handshake_timeout_s, stop_timeout_s, reactors;
 	struct config_limits limits;
-	int engine;
+	int engine, log_level;
 	const struct conf *exports;
 };
 
@@ -86,6 +86,8 @@ static const struct opt settings_options[] = {
 		.max = 3600, .help = "seconds requests in flight have when the daemon stops" },
 	{ "engine", OPT_ENUM, offsetof(struct settings, engine), "auto", .choices = engines,
 		.help = "how files are read and written" },
+	{ "log-level", OPT_ENUM, offsetof(struct settings, log_level), "info",
+		.choices = log_levels, .help = "what is logged, and all that weighs more" },
 	{ "reactors", OPT_INT, offsetof(struct settings, reactors), "0", .min = 0,
 		.max = REACTORS_MAX,
 		.help = "threads that serve; 0: one per processor, at most one per export" },
@@ -306,12 +308,29 @@ static int check_address(const struct conf *conf, const char *address, struct er
 	return 0;
 }
 
-bool config_engine_known(const char *name)
+static bool is_one_of(const char *name, const char *const *names)
 {
-	for (int i = 0; engines[i]; i++)
-		if (!strcmp(engines[i], name))
+	for (; *names; names++)
+		if (!strcmp(*names, name))
 			return true;
 	return false;
+}
+
+bool config_engine_known(const char *name)
+{
+	return is_one_of(name, engines);
+}
+
+bool config_log_level_known(const char *name)
+{
+	return is_one_of(name, log_levels);
+}
+
+void config_apply_log_level(const struct config *config)
+{
+	for (int i = 0; log_levels[i]; i++)
+		if (!strcmp(log_levels[i], config->log_level))
+			log_set_level((enum log_level)i); /* in the order of log.h */
 }
 
 void config_set_control(struct config *config, const char *address)
@@ -353,6 +372,7 @@ static int take_settings(struct config *config, const struct settings *settings,
 	config->limits = settings->limits;
 	config->stop_timeout_s = settings->stop_timeout_s;
 	config->engine = engines[settings->engine];
+	config->log_level = log_levels[settings->log_level];
 	return ret;
 }
 
@@ -402,13 +422,12 @@ static int check_device(const struct config_export *export, struct err *err)
 	return 0;
 }
 
-static int check_twins(
-	const struct config *config, const struct config_export *export, struct err *err)
+/* Whether export can run with the others. */
+static int check_twins(struct config_export *const *others, size_t other_count,
+	const struct config_export *export, struct err *err)
 {
-	for (size_t i = 0; i < config->export_count; i++) {
-		const struct config_export *other = config->exports[i];
-		if (other == export)
-			continue;
+	for (size_t i = 0; i < other_count; i++) {
+		const struct config_export *other = others[i];
 		if (!strcmp(other->name, export->name))
 			return conf_error(conf_get(export->conf, "name"), err,
 				"the name is taken already (%s)", other->conf->where);
@@ -442,7 +461,7 @@ static int take_export(struct config *config, struct conf *conf, struct err *err
 	if (!ret)
 		ret = check_device(export, err);
 	if (!ret)
-		ret = check_twins(config, export, err);
+		ret = check_twins(config->exports, config->export_count - 1, export, err);
 	if (!ret)
 		ret = stack_check(export->stack, err);
 	return ret;
@@ -465,105 +484,14 @@ static int take_exports(struct config *config, struct conf *exports, struct err 
 	return ret;
 }
 
-/* --- files used twice ------------------------------------------------------------------------- */
-
-struct file_use {
-	char *identity;
-	bool writes;
-	const struct config_export *export;
-	const struct conf *layer;
-};
-
-struct file_uses {
-	struct file_use *list;
-	size_t count;
-};
-
-/* Equal for two paths exactly if they lead to the same file, also one that does not exist yet. */
-static char *file_identity(const char *path)
-{
-	CLEANUP(free) char *copy = strdup(path), *copy2 = strdup(path);
-	struct stat st;
-	char *identity;
-	int len;
-
-	if (!copy || !copy2)
-		abort();
-	if (!stat(path, &st)) {
-		bool device = S_ISBLK(st.st_mode);
-		len = asprintf(&identity, "%s %lx %lx", device ? "device" : "file",
-			device ? st.st_rdev : st.st_dev, device ? 0 : st.st_ino);
-	} else {
-		const char *folder = dirname(copy);
-		CLEANUP(free) char *real = realpath(folder, NULL);
-		len = asprintf(&identity, "path %s/%s", real ? real : folder, basename(copy2));
-	}
-	if (len < 0)
-		abort();
-	return identity;
-}
-
-static int use_file(struct file_uses *uses, const struct config_export *export,
-	const struct conf *layer, bool writes, struct err *err)
-{
-	const char *path = conf_get(layer, "path")->string;
-	const struct conf *read_only = conf_get(layer, "read-only");
-	struct file_use use = { file_identity(path), writes && !(read_only && read_only->boolean),
-		export, layer };
-
-	uses->list = reallocarray(uses->list, uses->count + 1, sizeof(*uses->list));
-	if (!uses->list)
-		abort();
-	uses->list[uses->count] = use;
-	for (size_t i = 0; i < uses->count; i++) {
-		const struct file_use *other = &uses->list[i];
-		if (strcmp(other->identity, use.identity) || !(other->writes || use.writes))
-			continue;
-		uses->count++;
-		return conf_error(layer, err, "%s: \"%s\" is %s by export \"%s\" too (%s)",
-			conf_get(layer, "layer")->string, path, other->writes ? "written" : "read",
-			other->export->name, other->layer->where);
-	}
-	uses->count++;
-	return 0;
-}
-
-/*
- * Layers with stacks of their own are walked into; an image's backing file is only read. The options are
- * known to be right.
- */
-static int use_files(struct file_uses *uses, const struct config_export *export,
-	const struct conf *stack, bool writes, struct err *err)
+int config_check_together(
+	struct config_export *const *exports, size_t export_count, struct err *err)
 {
 	int ret = 0;
 
-	for (size_t i = 0; i < stack->item_count && !ret; i++) {
-		const struct conf *layer = stack->items[i];
-		if (conf_get(layer, "path"))
-			ret = use_file(uses, export, layer, writes, err);
-		for (size_t j = 0; j < layer->item_count && !ret; j++) {
-			const struct conf *item = layer->items[j];
-			bool backing = item->name && conf_name_equal(item->name, "backing");
-			if (item->type == CONF_LIST)
-				ret = use_files(uses, export, item, writes && !backing, err);
-		}
-	}
-	return ret;
-}
-
-static int check_files(const struct config *config, struct err *err)
-{
-	struct file_uses uses = {};
-	int ret = 0;
-
-	for (size_t i = 0; i < config->export_count && !ret; i++) {
-		const struct config_export *export = config->exports[i];
-		ret = use_files(&uses, export, export->stack, !export->read_only, err);
-	}
-	for (size_t i = 0; i < uses.count; i++)
-		free(uses.list[i].identity);
-	free(uses.list);
-	return ret;
+	for (size_t i = 0; i < export_count && !ret; i++)
+		ret = check_twins(exports, i, exports[i], err);
+	return ret ? ret : config_check_files(exports, export_count, err);
 }
 
 /* --- the whole -------------------------------------------------------------------------------- */
@@ -586,7 +514,7 @@ static int load(struct config *config, struct err *err)
 	if (!ret)
 		ret = config_check_listen(config, err);
 	if (!ret)
-		ret = check_files(config, err);
+		ret = config_check_files(config->exports, config->export_count, err);
 	if (!ret && settings.reactors)
 		config->reactor_count = (unsigned)settings.reactors;
 	else
@@ -607,21 +535,6 @@ int config_parse_snippet(
 	return ret;
 }
 
-int config_load(const char *path, struct config **loaded, struct err *err)
-{
-	struct config *config = calloc(1, sizeof(*config));
-
-	if (!config || !(config->path = strdup(path)))
-		abort();
-	int ret = load(config, err);
-	if (ret) {
-		config_free(config);
-		config = NULL;
-	}
-	*loaded = config;
-	return ret;
-}
-
 struct config_export *config_export_get(struct config_export *export)
 {
 	export->references++;
@@ -637,10 +550,8 @@ void config_export_put(struct config_export *export)
 	free(export);
 }
 
-void config_free(struct config *config)
+static void config_fini(struct config *config)
 {
-	if (!config)
-		return;
 	conf_free(config->root);
 	for (size_t i = 0; i < config->listen_count; i++)
 		access_fini(&config->listen[i].access);
@@ -650,5 +561,91 @@ void config_free(struct config *config)
 	free(config->control);
 	free(config->exports);
 	free(config->path);
+}
+
+/* Where the first word of content begins, behind spaces and comments. */
+static const char *first_word(const char *content)
+{
+	const char *end;
+
+	for (;;) {
+		content += strspn(content, " \t\r\n");
+		if (*content == '#' || !strncmp(content, "//", 2))
+			end = strchr(content, '\n');
+		else if (!strncmp(content, "/*", 2))
+			end = strstr(content + 2, "*/") ? strstr(content + 2, "*/") + 1 : NULL;
+		else
+			return content;
+		if (!end)
+			return content + strlen(content);
+		content = end + 1;
+	}
+}
+
+/* The content as a config file with nothing but the list of exports. The caller frees it. */
+static char *as_config(const char *content)
+{
+	const char *word = first_word(content), *before = "exports = ( { ", *behind = "} );";
+	char *text;
+
+	if (*word == '{') {
+		before = "exports = ( ";
+		behind = ");";
+	} else if (!strncmp(word, "exports", 7) && strchr(" \t\r\n=:", word[7])) {
+		before = behind = "";
+	}
+	/* The end on a line of its own: the last one may be a comment. */
+	if (asprintf(&text, "%s%s\n%s", before, content, behind) < 0)
+		abort();
+	return text;
+}
+
+int config_parse_export(
+	const char *name, const char *content, struct config_export **export, struct err *err)
+{
+	CLEANUP(free) char *text = as_config(content);
+	struct config config = {};
+	int ret = config_parse_snippet(name, text, &config.root, err);
+
+	*export = NULL;
+	if (ret)
+		return ret;
+	const struct conf *exports = conf_get(config.root, "exports");
+	if (config.root->item_count != 1 || !exports || exports->type != CONF_LIST ||
+		exports->item_count != 1)
+		ret = err_set(err, EINVAL,
+			"%s: expected the settings of one export and nothing else: name, stack, "
+			"...",
+			name);
+	else
+		ret = take_exports(&config, (struct conf *)exports, err);
+	if (!ret)
+		ret = config_check_files(config.exports, config.export_count, err);
+	if (!ret)
+		*export = config_export_get(config.exports[0]);
+	config_fini(&config);
+	return ret;
+}
+
+int config_load(const char *path, struct config **loaded, struct err *err)
+{
+	struct config *config = calloc(1, sizeof(*config));
+
+	if (!config || !(config->path = strdup(path)))
+		abort();
+	int ret = load(config, err);
+	if (ret) {
+		config_free(config);
+		config = NULL;
+	}
+	*loaded = config;
+	return ret;
+}
+
+void config_free(struct config *config)
+{
+	if (!config)
+		return;
+	config_fini(config);
 	free(config);
 }

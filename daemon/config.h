@@ -84,6 +84,7 @@ struct config {
 	struct config_limits limits;
 
 	const char *engine;     /* "auto", "uring" or "threads" */
+	const char *log_level;  /* "error" to "debug" */
 	unsigned reactor_count; /* threads, at least 1 */
 	int64_t stop_timeout_s; /* how long requests in flight may take at the end */
 
@@ -107,7 +108,20 @@ void config_free(struct config *config); /* NULL is fine */
 int config_parse_snippet(
 	const char *name, const char *content, struct conf **group, struct err *err);
 
+/*
+ * One export that came another way: its settings, bare or in { } or as a list `exports` of one. Checked like
+ * those of a file; the caller's reference. name as above.
+ */
+int config_parse_export(
+	const char *name, const char *content, struct config_export **export, struct err *err);
+
+/* Whether all of them can run at once: names, devices and files are used by one only. */
+int config_check_together(
+	struct config_export *const *exports, size_t export_count, struct err *err);
+
 bool config_engine_known(const char *name);
+bool config_log_level_known(const char *name);
+void config_apply_log_level(const struct config *config);
 void config_set_control(struct config *config, const char *address);
 /* A listener with nothing said about it but the address. Its error is config_load()'s. */
 int config_add_listen(struct config *config, const char *address, struct err *err);

@@ -16,5 +16,8 @@ int config_parse_group(
 
 /* The value of `listen`, with the defaults in config set; NULL: none. */
 int config_take_listen(struct config *config, const struct conf *listen, struct err *err);
+/* That no file is written by one layer and used by another. */
+int config_check_files(struct config_export *const *exports, size_t export_count, struct err *err);
+
 /* When the exports are known. */
 int config_check_listen(const struct config *config, struct err *err);

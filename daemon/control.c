@@ -37,13 +37,21 @@ struct daemon *control_daemon(const struct varlink_call *call)
 
 /* --- answers ---------------------------------------------------------------------------------- */
 
+/* "" for methods that are about none, or not yet. */
+static const char *export_of(const struct varlink_call *call)
+{
+	const char *name = varlink_string(call, "export");
+
+	return name ? name : "";
+}
+
 suspends static void answer_failed(struct varlink_call *call, const struct err *err)
 {
 	const char *name = strerrorname_np(err->code);
 
 	varlink_error(call, CONTROL_INTERFACE ".Failed",
-		json_pack("{s:s, s:i, s:s, s:s}", "export", varlink_string(call, "export"), "errno",
-			err->code, "error", name ? name : "", "text", err->text));
+		json_pack("{s:s, s:i, s:s, s:s}", "export", export_of(call), "errno", err->code,
+			"error", name ? name : "", "text", err->text));
 }
 
 suspends void control_answer(
@@ -56,8 +64,7 @@ suspends void control_answer(
 	json_decref(result);
 	if (ret == -EBUSY)
 		varlink_error(call, CONTROL_INTERFACE ".Busy",
-			json_pack("{s:s, s:s}", "export", varlink_string(call, "export"), "text",
-				err->text));
+			json_pack("{s:s, s:s}", "export", export_of(call), "text", err->text));
 	else
 		answer_failed(call, err);
 }
@@ -372,6 +379,29 @@ static const struct varlink_method methods[] = {
 				{},
 			},
 		.fn = control_delete_snapshot },
+	{ "Reload", .needs_authority = true,
+		.params =
+			(const struct varlink_param[]){
+				{ "dry_run", VARLINK_BOOL, .optional = true },
+				{},
+			},
+		.fn = control_reload },
+	{ "Add", .needs_authority = true,
+		.params =
+			(const struct varlink_param[]){
+				{ "config", VARLINK_STRING },
+				{ "source", VARLINK_STRING, .optional = true },
+				{},
+			},
+		.fn = control_add },
+	{ "Remove", .needs_authority = true,
+		.params =
+			(const struct varlink_param[]){
+				{ "export", VARLINK_STRING },
+				{ "force", VARLINK_BOOL, .optional = true },
+				{},
+			},
+		.fn = control_remove },
 	{ "Shutdown", .needs_authority = true, .fn = shut_down },
 	{},
 };
@@ -428,8 +458,6 @@ int control_open(struct daemon *daemon, struct control **out, struct err *err)
 	};
 
 	*out = NULL;
-	if (!config->control[0])
-		return 0;
 	struct control *control = calloc(1, sizeof(*control));
 	if (!control)
 		return err_sys(err, ENOMEM, "control socket");
@@ -441,7 +469,10 @@ int control_open(struct daemon *daemon, struct control **out, struct err *err)
 	control->service.interfaces = interfaces;
 	control->service.permit = permit;
 	varlink_init(&control->service);
-	int ret = listener_open(&control->listener, config->control, &access, err);
+	control->listener.fd = -1;
+	int ret = *config->control
+			  ? listener_open(&control->listener, config->control, &access, err)
+			  : 0;
 	if (ret) {
 		free(control);
 		return err_wrap(err, "control socket");
@@ -452,9 +483,89 @@ int control_open(struct daemon *daemon, struct control **out, struct err *err)
 
 int control_start(struct control *control, struct err *err)
 {
-	int ret = listener_start(&control->listener, accepted);
+	int ret = control->listener.fd < 0 ? 0 : listener_start(&control->listener, accepted);
 
 	return ret ? err_sys(err, -ret, "control socket") : 0;
+}
+
+/* --- a reload --------------------------------------------------------------------------------- */
+
+struct control_change {
+	struct control *control;
+	const struct config *config;
+	struct listener listener; /* closed when the address stays, or there is none */
+	bool moves;
+	struct err *err;
+	int ret;
+};
+
+static struct listen_access control_access(const struct config *config)
+{
+	return (struct listen_access){
+		.mode = config->control_mode,
+		.uid = config->control_uid,
+		.gid = config->control_gid,
+	};
+}
+
+static void prepare_offloaded(void *arg)
+{
+	struct control_change *change = arg;
+	struct listen_access access = control_access(change->config);
+
+	change->ret = listener_open(
+		&change->listener, change->config->control, &access, change->err);
+}
+
+suspends int control_prepare(struct control *control, const struct config *config,
+	struct control_change **prepared, struct err *err)
+{
+	struct control_change *change = calloc(1, sizeof(*change));
+	int ret;
+
+	*prepared = NULL;
+	if (!change)
+		return err_sys(err, ENOMEM, "control socket");
+	*change = (struct control_change){ .control = control,
+		.config = config,
+		.listener.fd = -1,
+		.moves = !listener_same_address(control->daemon->config->control, config->control),
+		.err = err };
+	if (change->moves && *config->control)
+		co_offload(prepare_offloaded, change);
+	ret = change->ret;
+	if (ret) {
+		control_discard(change);
+		return err_wrap(err, "control socket");
+	}
+	*prepared = change;
+	return 0;
+}
+
+void control_discard(struct control_change *change)
+{
+	if (!change)
+		return;
+	listener_close(&change->listener);
+	free(change);
+}
+
+void control_commit(struct control_change *change)
+{
+	struct control *control = change->control;
+	struct listen_access access = control_access(change->config);
+	struct err err;
+
+	if (change->moves) {
+		listener_stop(&control->listener);
+		listener_close(&control->listener);
+		control->listener = change->listener;
+		if (control_start(control, &err))
+			log_error("%s", err.text);
+	} else if (listener_set_access(&control->listener, &access, &err)) {
+		log_error("%s", err.text);
+	}
+	free(change);
 }
 
 suspends void control_stop(struct control *control)

@@ -30,6 +30,7 @@
 #include "daemon/export.h"
 #include "daemon/kernel.h"
 #include "daemon/nbd_door.h"
+#include "daemon/reload.h"
 
 #define STOP_STEP_NS (5 * NS_PER_SEC)
 
@@ -48,8 +49,8 @@ static void signals_readable(struct watch *watch, uint32_t epoll_events)
 
 	while (read(watch->fd, &info, sizeof(info)) == sizeof(info)) {
 		if (info.ssi_signo == SIGHUP) {
-			log_warning("SIGHUP: this version cannot reload its config while it runs; "
-				    "restart it to apply changes");
+			log_info("SIGHUP: reloading %s", daemon->config->path);
+			reload_by_signal(daemon);
 		} else if (daemon->stopping) {
 			log_info("stopping already; waiting for requests in flight");
 		} else {
@@ -76,6 +77,28 @@ static int block_signals(struct daemon *daemon, struct err *err)
 	if (daemon->signals.fd < 0)
 		return err_sys(err, errno, "cannot create a signalfd");
 	return 0;
+}
+
+/* --- changes of what is served ---------------------------------------------------------------- */
+
+uint64_t daemon_stop_timeout_ns(const struct daemon *daemon)
+{
+	return (uint64_t)daemon->config->stop_timeout_s * NS_PER_SEC;
+}
+
+suspends int daemon_begin_change(struct daemon *daemon, struct err *err)
+{
+	co_mutex_lock(&daemon->change);
+	if (!daemon->stopping)
+		return 0;
+	co_mutex_unlock(&daemon->change);
+	return err_set(err, ESHUTDOWN, "the daemon is stopping");
+}
+
+void daemon_end_change(struct daemon *daemon)
+{
+	co_mutex_unlock(&daemon->change);
+	daemon_tell_status(daemon);
 }
 
 /* --- reactors --------------------------------------------------------------------------------- */
@@ -133,6 +156,8 @@ static suspends int start_exports(struct daemon *daemon, struct err *err)
 
 	for (size_t i = 0; i < config->export_count && !ret && !daemon->stopping; i++) {
 		struct export *export;
+		sd_notifyf(0, "STATUS=Opening export \"%s\", %zu of %zu", config->exports[i]->name,
+			i + 1, config->export_count);
 		ret = export_start(daemon, config->exports[i], &export, err);
 	}
 	return ret;
@@ -147,11 +172,29 @@ static suspends int attach_devices(struct daemon *daemon, struct err *err)
 		struct export *export = list_entry(link, struct export, link);
 		if (ret || daemon->stopping || !*export->config->device)
 			continue;
+		sd_notifyf(0, "STATUS=Attaching export \"%s\" to the kernel", export->config->name);
 		ret = export_attach(export, NULL, err);
 		if (ret)
 			err_place(err, conf_get(export->config->conf, "device")->where);
 	}
 	return ret;
+}
+
+void daemon_tell_status(const struct daemon *daemon)
+{
+	unsigned exports = 0, devices = 0;
+	char text[64] = "";
+
+	if (!daemon->ready || daemon->stopping)
+		return;
+	list_for_each (link, &daemon->exports) {
+		exports++;
+		devices += list_entry(link, struct export, link)->kernel != NULL;
+	}
+	if (devices)
+		snprintf(text, sizeof(text), ", %u as kernel device%s", devices,
+			devices == 1 ? "" : "s");
+	sd_notifyf(0, "STATUS=Serving %u export%s%s", exports, exports == 1 ? "" : "s", text);
 }
 
 static suspends int start(struct daemon *daemon, struct err *err)
@@ -167,7 +210,7 @@ static suspends int start(struct daemon *daemon, struct err *err)
 		return ret; /* a signal came before anybody was let in */
 	if (!ret)
 		ret = nbd_door_start(daemon->nbd_door, err);
-	if (!ret && daemon->control)
+	if (!ret)
 		ret = control_start(daemon->control, err);
 	if (ret)
 		return ret;
@@ -175,8 +218,9 @@ static suspends int start(struct daemon *daemon, struct err *err)
 		daemon->config->export_count, daemon->config->export_count == 1 ? "" : "s",
 		reactor_engine_name(daemon->reactors[0]), daemon->reactor_count,
 		daemon->reactor_count == 1 ? "" : "s");
-	sd_notifyf(0, "READY=1\nSTATUS=Serving %zu export%s", daemon->config->export_count,
-		daemon->config->export_count == 1 ? "" : "s");
+	daemon->ready = true;
+	daemon_tell_status(daemon);
+	sd_notify(0, "READY=1");
 	return 0;
 }
 
@@ -187,18 +231,13 @@ struct stopping {
 	struct export *export; /* NULL: the control socket */
 };
 
-static uint64_t stop_timeout_ns(const struct daemon *daemon)
-{
-	return (uint64_t)daemon->config->stop_timeout_s * NS_PER_SEC;
-}
-
 static suspends void stop_one(void *arg)
 {
 	struct stopping *stopping = arg;
 
 	if (stopping->export)
-		export_stop(stopping->export, stop_timeout_ns(stopping->daemon));
-	else if (stopping->daemon->control)
+		export_stop(stopping->export, daemon_stop_timeout_ns(stopping->daemon));
+	else
 		control_stop(stopping->daemon->control);
 }
 
@@ -225,9 +264,12 @@ static suspends void stop(struct daemon *daemon)
 
 	daemon->stopping = true;
 	sd_notify(0, "STOPPING=1\nSTATUS=Finishing requests in flight");
-	daemon->stop_deadline_ns = reactor_now_ns() + stop_timeout_ns(daemon);
+	daemon->stop_deadline_ns = reactor_now_ns() + daemon_stop_timeout_ns(daemon);
 	timer_arm(&daemon->stop_late, daemon->stop_deadline_ns + NS_PER_SEC);
 	nbd_door_stop(daemon->nbd_door);
+	/* A reload under way ends at its next step; after it nothing is added or removed any more. */
+	co_mutex_lock(&daemon->change);
+	co_mutex_unlock(&daemon->change);
 
 	list_for_each (link, &daemon->exports)
 		count++;
@@ -262,7 +304,9 @@ static suspends void serve(void *arg)
 	struct run *run = arg;
 	struct daemon *daemon = run->daemon;
 
+	co_mutex_lock(&daemon->change);
 	run->ret = start(daemon, run->err);
+	co_mutex_unlock(&daemon->change);
 	daemon->env.start_failed = run->ret != 0;
 	while (!run->ret && !daemon->stopping)
 		co_queue_wait(&daemon->stop_wanted);
@@ -282,17 +326,22 @@ static void log_notice(const struct blk *blk, const char *text)
 	log_warning("%s: %s: %s", blk->conf->where, blk->ops->name, text);
 }
 
-int daemon_run(const struct config *config, struct err *err)
+int daemon_run(const struct config_source *source, struct config *config, struct err *err)
 {
-	struct daemon daemon = { .config = config, .start_time = time(NULL), .signals.fd = -1 };
+	struct daemon daemon = {
+		.source = source, .config = config, .start_time = time(NULL), .signals.fd = -1
+	};
 	struct run run = { .daemon = &daemon, .err = err };
 
 	list_init(&daemon.exports);
 	list_init(&daemon.closing);
 	co_queue_init(&daemon.stop_wanted);
+	co_mutex_init(&daemon.change);
 	timer_init(&daemon.stop_late, stop_is_late);
-	if (blk_env_init(&daemon.env))
+	if (blk_env_init(&daemon.env)) {
+		config_free(config);
 		return err_sys(err, ENOMEM, "cannot start");
+	}
 	daemon.env.notice = log_notice;
 	run.ret = block_signals(&daemon, err);
 	if (!run.ret)
@@ -305,6 +354,7 @@ int daemon_run(const struct config *config, struct err *err)
 	control_free(daemon.control);
 	end_reactors(&daemon);
 	blk_env_fini(&daemon.env);
+	config_free(daemon.config);
 	if (daemon.signals.fd >= 0)
 		close(daemon.signals.fd);
 	if (!run.ret)

@@ -23,11 +23,15 @@
 
 #include "daemon/config.h"
 
+struct config_source;
 struct nbd_door;
 struct control;
 
 struct daemon {
-	const struct config *config;
+	const struct config_source *source;
+	struct config *config; /* owned; a reload puts another in its place */
+	struct co_mutex
+		change; /* held by whoever adds or removes exports: start, reload, stop ... */
 	struct blk_env env;
 	struct reactor **reactors; /* [0] is the main one, on the thread of daemon_run() */
 	pthread_t *threads;        /* of the others; [0] is not used */
@@ -35,11 +39,12 @@ struct daemon {
 	struct list exports; /* of struct export, by .link, in the order of the config */
 	struct list closing; /* exports being stopped */
 	struct nbd_door *nbd_door;
-	struct control *control; /* NULL when the config has none */
-	time_t start_time;       /* CLOCK_REALTIME, seconds */
+	struct control *control;
+	time_t start_time; /* CLOCK_REALTIME, seconds */
 
 	struct watch signals; /* a signalfd */
 	bool stopping;
+	bool ready;                  /* once everything was started */
 	struct co_queue stop_wanted; /* where daemon_run() waits */
 	struct timer stop_late;      /* what is stuck at the end gets named, then given up */
 	uint64_t stop_deadline_ns;
@@ -48,9 +53,19 @@ struct daemon {
 /*
  * Opens the sockets and the exports, serves until asked to stop by a signal or daemon_stop(), and takes
  * everything down again. An error is one of starting: it leaves nothing behind. Plain code; one daemon per
- * process, since it takes the signals.
+ * process, since it takes the signals. Takes config over, which is what source gave; reloads ask it again.
  */
-int daemon_run(const struct config *config, struct err *err);
+int daemon_run(const struct config_source *source, struct config *config, struct err *err);
+
+/* For whoever adds or removes exports: one at a time, and none once the daemon stops (-ESHUTDOWN). */
+suspends int daemon_begin_change(struct daemon *daemon, struct err *err);
+void daemon_end_change(struct daemon *daemon);
+
+/* How long requests of an export that goes away have to finish. */
+uint64_t daemon_stop_timeout_ns(const struct daemon *daemon);
+
+/* Tells the service manager how many exports and devices are served now. */
+void daemon_tell_status(const struct daemon *daemon);
 
 /* Asks for the end; returns at once. Harmless when asked already. Main reactor. */
 void daemon_stop(struct daemon *daemon);

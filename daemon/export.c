@@ -145,7 +145,7 @@ static suspends void resize_call(void *arg)
 
 static suspends int resize(struct export *export, uint64_t size, bool force, struct err *err)
 {
-	const char *name = export->config->name;
+	const char *name = export->opened->name;
 	char old_text[UNITS_SIZE_TEXT_LEN], new_text[UNITS_SIZE_TEXT_LEN];
 	struct call call = {
 		.export = export, .len = size, .flags = force ? BLK_FORCE : 0, .err = err
@@ -295,7 +295,7 @@ void export_report_stuck(struct export *export)
 
 static suspends int attach(struct export *export, const char *device, struct err *err)
 {
-	const struct config_export *config = export->config;
+	struct config_export *config = export->config;
 	const char *configured = *config->device ? config->device : "auto";
 	struct kernel_opts opts = {
 		.nbd = &export->nbd,
@@ -314,13 +314,16 @@ static suspends int attach(struct export *export, const char *device, struct err
 			" bytes, is no multiple of the kernel device's block size, %u; a layer "
 			"\"padded\" on top makes it one",
 			opts.size_bytes, opts.block_size);
+	config_export_get(config);
 	int ret = kernel_attach(&opts, &export->kernel, err);
+	config_export_put(config);
 	if (ret) {
 		export->kernel = NULL;
 		return ret;
 	}
 	export->kernel_size = opts.size_bytes;
-	log_info("export \"%s\": attached to %s", config->name, kernel_device(export->kernel));
+	log_info("export \"%s\": attached to %s", export->config->name,
+		kernel_device(export->kernel));
 	return 0;
 }
 
@@ -441,6 +444,17 @@ static struct reactor *least_used_reactor(const struct daemon *daemon)
 	return least;
 }
 
+/* The name is the same, and the old one's is in use elsewhere: it stays. */
+void export_set_config(struct export *export, struct config_export *config)
+{
+	config_export_get(config);
+	config_export_put(export->config);
+	export->config = config;
+	export->nbd.description = config->description;
+	export->nbd.tls_required = config->tls_required;
+	export->nbd.max_clients = (unsigned)config->max_connections;
+}
+
 suspends int export_start(struct daemon *daemon, struct config_export *config,
 	struct export **started, struct err *err)
 {
@@ -466,8 +480,7 @@ suspends int export_start(struct daemon *daemon, struct config_export *config,
 	}
 	nbd_export_init(&export->nbd, config->name, config->description, export->top, export->home,
 		export->read_only);
-	export->nbd.tls_required = config->tls_required;
-	export->nbd.max_clients = (unsigned)config->max_connections;
+	export_set_config(export, config);
 	list_push_back(&daemon->exports, &export->link);
 	call.ret = nbd_door_publish(daemon->nbd_door, export, err);
 	if (call.ret) {
@@ -501,4 +514,22 @@ suspends void export_stop(struct export *export, uint64_t grace_ns)
 	list_remove(&export->link);
 	log_debug("export \"%s\": closed", export->config->name);
 	export_free(export);
+}
+
+suspends int export_remove(struct export *export, uint64_t grace_ns, bool force, struct err *err)
+{
+	int ret = export_begin_change(export, err);
+
+	if (ret)
+		return ret;
+	if (!force)
+		ret = export_check_unused(export, false, err);
+	if (!ret && export->kernel)
+		ret = detach(export, force, err);
+	export->stopping = !ret;
+	export_end_change(export);
+	if (ret)
+		return err_wrap(err, "export \"%s\"", export->config->name);
+	export_stop(export, grace_ns);
+	return 0;
 }

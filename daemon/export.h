@@ -35,6 +35,7 @@ struct export
 	struct daemon *daemon;
 	struct config_export *config; /* name, description, device, ... */
 	struct config_export *opened; /* what the stack was opened by; lives as long as the stack */
+	bool by_hand;                 /* came by the control socket: reloads leave it alone */
 	bool stopping;                /* calls are refused */
 	bool drained; /* of clients, while stopping: only flushing and closing are left */
 
@@ -73,6 +74,27 @@ suspends int export_start(struct daemon *daemon, struct config_export *config,
  * connection is cut; how long their layers then take to give up is not bounded.
  */
 suspends void export_stop(struct export *export, uint64_t grace_ns);
+
+/*
+ * Takes an export out of a daemon that goes on: -EBUSY, naming by whom, while anybody uses it, and then nothing has
+ * changed. With force its users get errors, after grace_ns for what is under way.
+ */
+suspends int export_remove(struct export *export, uint64_t grace_ns, bool force, struct err *err);
+
+/*
+ * -EBUSY when taking the export away would take it from somebody: a mounted, held or open device, and, unless
+ * device_only, NBD clients and a mirror that was started on it. A look: who comes later is not kept out.
+ */
+suspends int export_check_unused(struct export *export, bool device_only, struct err *err);
+
+/*
+ * The list of layers that the stack is made of now: that of export->opened, or what a mirror put in its
+ * place. NULL: none, a mirror that was started on it is at work. Lives as long as the export.
+ */
+suspends const struct conf *export_running_stack(struct export *export);
+
+/* What another config says of the export; of the stack nothing, and of the device for the next attach. */
+void export_set_config(struct export *export, struct config_export *config);
 
 /*
  * For calls that change an export: one at a time, and none once it is being stopped (-ESHUTDOWN). The export

@@ -23,11 +23,13 @@ static const char usage[] =
 	"    -c, --config FILE       the config file, see blkstack.conf(5)\n"
 	"    -n, --check             only check\n"
 	"    -e, --engine ENGINE     auto, uring or threads; instead of what the config says\n"
-	"    -l, --log-level LEVEL   error, warning, info (the default) or debug\n"
+	"    -l, --log-level LEVEL   error, warning, info or debug; instead of what the config "
+	"says\n"
 	"    -h, --help              this text\n"
 	"    -V, --version           the version\n"
 	"\n"
 	"Signals: SIGTERM and SIGINT end it: requests in flight finish, everything is flushed.\n"
+	"SIGHUP makes it read the config file again, as \"blkstackctl reload\" does.\n"
 	"Exit status: 0 a clean end, 1 a config or a start that failed, 2 a wrong command line.\n";
 
 static const char *type_text(const struct opt *opt)

@@ -564,6 +564,17 @@ static int check_unused(const struct kernel_dev *dev, int exclusive, struct err 
 	}
 }
 
+int kernel_dev_users(const struct kernel_dev *dev, struct err *err)
+{
+	char path[KERNEL_NAME_LEN + 8];
+
+	device_path(dev, path);
+
+	CLEANUP(fd) int exclusive = open(path, O_RDONLY | O_EXCL | O_CLOEXEC);
+
+	return check_unused(dev, exclusive, err) ? err_wrap(err, "%s is in use", path) : 0;
+}
+
 static bool wait_until_ended(struct kernel_dev *dev)
 {
 	bool ended;

@@ -78,6 +78,9 @@ int kernel_dev_settle(struct kernel_dev *dev, struct err *err);
 /* Waits for requests in flight on some kernels: they must be served meanwhile. Mounted file systems see it. */
 int kernel_dev_resize(struct kernel_dev *dev, uint64_t size_bytes, struct err *err);
 
+/* -EBUSY as kernel_dev_release(), or 0. Who comes later is not kept out. */
+int kernel_dev_users(const struct kernel_dev *dev, struct err *err);
+
 /*
  * Writes the device's cache back, then disconnects. Refused with -EBUSY and the names of the users while
  * mounted, held or open, unless force. The server must answer NBD_CMD_DISC by closing its socket.

@@ -294,6 +294,18 @@ suspends int kernel_detach(struct kernel_door *door, bool force, struct err *err
 	return 0;
 }
 
+static int call_users(struct call *call)
+{
+	return kernel_dev_users(call->door->dev, call->err);
+}
+
+suspends int kernel_check_unused(struct kernel_door *door, struct err *err)
+{
+	struct call users = { .fn = call_users, .door = door, .err = err };
+
+	return door->ended ? 0 : call_blocking(&users);
+}
+
 static int call_resize(struct call *call)
 {
 	return kernel_dev_resize(call->door->dev, call->size_bytes, call->err);

@@ -44,6 +44,9 @@ suspends int kernel_attach(
  */
 suspends int kernel_detach(struct kernel_door *door, bool force, struct err *err);
 
+/* Who uses the device, as kernel_detach() would refuse: -EBUSY, or 0. Changes nothing. */
+suspends int kernel_check_unused(struct kernel_door *door, struct err *err);
+
 /* After the stack has grown, or before it shrinks. Requests are served meanwhile. */
 suspends int kernel_resize(struct kernel_door *door, uint64_t size_bytes, struct err *err);
 

@@ -26,6 +26,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
+#include <unistd.h>
 
 #include <systemd/sd-daemon.h>
 
@@ -105,6 +106,13 @@ int listener_check(const char *address, struct err *err)
 	struct address parsed;
 
 	return address_parse(address, &parsed, err);
+}
+
+bool listener_same_address(const char *a, const char *b)
+{
+	a += strncmp(a, "unix:", 5) ? 0 : 5;
+	b += strncmp(b, "unix:", 5) ? 0 : 5;
+	return !strcmp(a, b);
 }
 
 enum listen_kind listener_kind(const char *address)
@@ -388,6 +396,28 @@ int listener_start(struct listener *listener, void (*accepted)(struct listener *
 	return ret;
 }
 
+/* Whether there is a socket file, made by us, and nobody put another one there. */
+static bool is_ours(const struct listener *listener)
+{
+	struct stat st;
+
+	return listener->path && !lstat(listener->path, &st) && st.st_dev == listener->path_dev &&
+	       st.st_ino == listener->path_ino;
+}
+
+int listener_set_access(
+	struct listener *listener, const struct listen_access *access, struct err *err)
+{
+	/* Whom the config does not name any more has lost it. */
+	const struct listen_access named = {
+		.mode = access->mode,
+		.uid = access->uid == (uid_t)-1 ? geteuid() : access->uid,
+		.gid = access->gid == (gid_t)-1 ? getegid() : access->gid,
+	};
+
+	return is_ours(listener) ? open_access(listener, &named, err) : 0;
+}
+
 void listener_stop(struct listener *listener)
 {
 	if (!listener->watching)
@@ -399,13 +429,10 @@ void listener_stop(struct listener *listener)
 
 void listener_close(struct listener *listener)
 {
-	struct stat st;
-
 	if (listener->fd >= 0)
 		close(listener->fd);
 	listener->fd = -1;
-	if (listener->path && !lstat(listener->path, &st) && st.st_dev == listener->path_dev &&
-		st.st_ino == listener->path_ino)
+	if (is_ours(listener))
 		unlink(listener->path);
 	free(listener->path);
 	listener->path = NULL;

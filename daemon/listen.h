@@ -40,6 +40,9 @@ struct listener {
 /* Checks the form of an address and touches nothing. */
 int listener_check(const char *address, struct err *err);
 
+/* Whether two addresses whose forms are right are written differently only ("unix:/x" and "/x"). */
+bool listener_same_address(const char *a, const char *b);
+
 enum listen_kind { LISTEN_UNIX, LISTEN_TCP };
 
 /* Of an address whose form is right. */
@@ -59,6 +62,9 @@ int listener_open(struct listener *listener, const char *address,
  * the callee, who may call listener_stop(). When descriptors or memory run out it pauses and tries again.
  */
 int listener_start(struct listener *listener, void (*accepted)(struct listener *listener, int fd));
+/* Another owner and mode for the file of an open unix socket; nothing where the service manager passed it. */
+int listener_set_access(
+	struct listener *listener, const struct listen_access *access, struct err *err);
 /* Accepts no more; harmless when not started. */
 void listener_stop(struct listener *listener);
 /* Closes a stopped listener and removes its file, unless somebody put another one there. */

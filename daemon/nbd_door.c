@@ -3,7 +3,11 @@
  *
  * All clients together are bounded; who comes beyond, or may not come at all, is closed at once, before a
  * byte is exchanged. What a client may choose from is asked for by the handshake (may_enter()): the exports
- * that its listener serves and that are there for somebody like it.
+ * that its listener serves and that are there for somebody like it, by the config of that moment.
+ *
+ * A reload opens new sockets and reads certificates while the old ones serve, and changes over only when nothing
+ * can fail any more. A listener whose address stays keeps its socket; who is inside stays, whatever changed.
+ *
  * TCP sockets: no delay (replies are gathered already), and keepalive, so that a client whose
  * machine died frees its place one day.
  */
@@ -38,14 +42,15 @@
 /* A listener that knows its door. */
 struct entrance {
 	struct listener listener;
-	const struct config_listen *config;
-	struct tls_server *tls; /* NULL: none */
+	const struct config_listen *config; /* exchanged by a reload; NULL: closed by one */
+	struct tls_server *tls;             /* for new clients; NULL: none */
 	struct nbd_door *door;
+	unsigned client_count; /* who came in here; the entrance outlives them */
 };
 
 struct nbd_door {
 	struct nbd_server server;
-	struct entrance *entrances;
+	struct entrance **entrances;
 	size_t entrance_count;
 	struct co_group clients;
 	unsigned client_max;
@@ -112,18 +117,33 @@ static bool may_enter(const struct nbd_visitor *visitor, const struct nbd_export
 {
 	const struct client *client = container_of(visitor, struct client, visitor);
 	const struct config_export *export = container_of(nbd, struct export, nbd)->config;
-	const struct conf *names = client->entrance->config->exports;
-	bool served = !names;
+	const struct config_listen *config = client->entrance->config;
+	const struct conf *names = config ? config->exports : NULL;
+	bool served = config && !names;
 
 	for (size_t i = 0; i < conf_strings_count(names); i++)
 		served = served || !strcmp(conf_strings_get(names, i), export->name);
 	return served && access_allows(&export->access, &client->peer);
 }
 
+/* A closed one, when its last client has left. */
+static void entrance_free_unused(struct entrance *entrance)
+{
+	if (entrance->config || entrance->client_count)
+		return;
+	tls_server_free(entrance->tls);
+	free(entrance);
+}
+
 static void client_free(struct client *client)
 {
+	struct entrance *entrance = client->entrance;
+
+	tls_server_free(client->visitor.tls_server);
 	access_peer_fini(&client->peer);
 	free(client);
+	entrance->client_count--;
+	entrance_free_unused(entrance);
 }
 
 static suspends void client_run(void *arg)
@@ -147,13 +167,14 @@ static struct client *client_create(struct entrance *entrance, int fd)
 	if (!client)
 		return NULL;
 	client->entrance = entrance;
+	entrance->client_count++;
 	client->fd = fd;
 	describe_peer(fd, client->text);
 	access_peer_init(&client->peer, fd);
 	client->visitor = (struct nbd_visitor){
 		.peer = client->text,
 		.tls = entrance->config->tls,
-		.tls_server = entrance->tls,
+		.tls_server = entrance->tls ? tls_server_get(entrance->tls) : NULL,
 		.read_only = entrance->config->read_only,
 		.may_enter = may_enter,
 	};
@@ -218,37 +239,79 @@ static int create_tls(
 	return tls_server_create(&entrance->tls, &options, err);
 }
 
-static int entrance_open(
-	struct entrance *entrance, const struct config_listen *config, struct err *err)
+/* Plain code, may block. bind: not only what TLS needs, the socket too. */
+static int entrance_open(struct entrance *entrance, bool bind, struct err *err)
 {
+	const struct config_listen *config = entrance->config;
 	struct listen_access access = { config->mode, config->uid, config->gid };
 	int ret = 0;
 
-	entrance->config = config;
 	if (config->tls != NBD_TLS_OFF)
 		ret = create_tls(entrance, config, err);
-	if (!ret)
+	if (!ret && bind)
 		ret = listener_open(&entrance->listener, config->address, &access, err);
-	if (!ret)
-		return 0;
-	tls_server_free(entrance->tls);
-	if (config->conf)
+	if (ret && config->conf)
 		err_place(err, config->conf->where);
 	return ret;
 }
 
-int nbd_door_open(struct nbd_door **opened, const struct config *config, struct err *err)
+static void entrances_free(struct entrance **entrances, size_t count)
+{
+	for (size_t i = 0; i < count; i++) {
+		listener_close(&entrances[i]->listener);
+		tls_server_free(entrances[i]->tls);
+		free(entrances[i]);
+	}
+	free(entrances);
+}
+
+/* One for each of config->listen; those that the door has by that address are not opened a second time. */
+struct nbd_door_change {
+	struct nbd_door *door;
+	const struct config *config;
+	struct entrance **entrances;
+	size_t entrance_count;
+	struct err *err;
+	int ret;
+};
+
+/* The door's entrance of that address, or NULL. */
+static struct entrance *find_entrance(const struct nbd_door *door, const char *address)
+{
+	for (size_t i = 0; i < door->entrance_count; i++)
+		if (listener_same_address(door->entrances[i]->config->address, address))
+			return door->entrances[i];
+	return NULL;
+}
+
+/* Plain code, may block. */
+static int open_entrances(struct nbd_door_change *change, struct err *err)
+{
+	const struct config *config = change->config;
+	int ret = 0;
+
+	change->entrances = calloc(config->listen_count + 1, sizeof(*change->entrances));
+	if (!change->entrances)
+		return err_set(err, ENOMEM, "no memory for the NBD door");
+	for (size_t i = 0; i < config->listen_count && !ret; i++) {
+		struct entrance *entrance = calloc(1, sizeof(*entrance));
+
+		if (!entrance)
+			return err_set(err, ENOMEM, "no memory for the NBD door");
+		entrance->listener.fd = -1;
+		entrance->config = &config->listen[i];
+		entrance->door = change->door;
+		change->entrances[change->entrance_count++] = entrance;
+		ret = entrance_open(
+			entrance, !find_entrance(change->door, entrance->config->address), err);
+	}
+	return ret;
+}
+
+static void set_limits(struct nbd_door *door, const struct config *config)
 {
 	struct nbd_limits limits = nbd_limits_default;
-	struct nbd_door *door = calloc(1, sizeof(*door));
 
-	*opened = NULL;
-	if (door)
-		door->entrances = calloc(config->listen_count + 1, sizeof(*door->entrances));
-	if (!door || !door->entrances) {
-		free(door);
-		return err_set(err, ENOMEM, "no memory for the NBD door");
-	}
 	limits.handshake_ns = (uint64_t)config->handshake_timeout_s * NS_PER_SEC;
 	limits.handshake_options = (unsigned)config->limits.handshake_options;
 	limits.idle_ns = (uint64_t)config->limits.idle_timeout_s * NS_PER_SEC;
@@ -256,22 +319,130 @@ int nbd_door_open(struct nbd_door **opened, const struct config *config, struct 
 	limits.buffer_bytes = config->limits.buffer_bytes;
 	limits.export_requests = (unsigned)config->limits.export_requests;
 	limits.export_buffer_bytes = config->limits.export_buffer_bytes;
-	nbd_server_init(&door->server, &limits);
-	co_group_init(&door->clients);
+	nbd_server_set_limits(&door->server, &limits);
 	door->client_max = (unsigned)config->max_connections;
-	for (size_t i = 0; i < config->listen_count; i++) {
-		struct entrance *entrance = &door->entrances[i];
-		int ret = entrance_open(entrance, &config->listen[i], err);
-		if (ret) {
-			nbd_door_abandon(door);
-			return ret;
-		}
-		entrance->door = door;
-		door->entrance_count++;
-	}
-	*opened = door;
-	return 0;
 }
+
+int nbd_door_open(struct nbd_door **opened, const struct config *config, struct err *err)
+{
+	struct nbd_door *door = calloc(1, sizeof(*door));
+	struct nbd_door_change change = { .door = door, .config = config };
+
+	*opened = NULL;
+	if (!door)
+		return err_set(err, ENOMEM, "no memory for the NBD door");
+	nbd_server_init(&door->server, &nbd_limits_default);
+	set_limits(door, config);
+	co_group_init(&door->clients);
+	int ret = open_entrances(&change, err);
+	door->entrances = change.entrances;
+	door->entrance_count = change.entrance_count;
+	if (ret)
+		nbd_door_abandon(door);
+	else
+		*opened = door;
+	return ret;
+}
+
+/* --- a reload --------------------------------------------------------------------------------- */
+
+static void prepare_offloaded(void *arg)
+{
+	struct nbd_door_change *change = arg;
+
+	change->ret = open_entrances(change, change->err);
+}
+
+suspends int nbd_door_prepare(struct nbd_door *door, const struct config *config,
+	struct nbd_door_change **prepared, struct err *err)
+{
+	struct nbd_door_change *change = calloc(1, sizeof(*change));
+
+	*prepared = NULL;
+	if (!change)
+		return err_set(err, ENOMEM, "no memory for the NBD door");
+	*change = (struct nbd_door_change){ .door = door, .config = config, .err = err };
+	co_offload(prepare_offloaded, change);
+	int ret = change->ret;
+	if (ret)
+		nbd_door_discard(change);
+	else
+		*prepared = change;
+	return ret;
+}
+
+void nbd_door_discard(struct nbd_door_change *change)
+{
+	if (!change)
+		return;
+	entrances_free(change->entrances, change->entrance_count);
+	free(change);
+}
+
+/* What changed takes the place of what was; the socket and its clients stay. */
+static void renew(struct entrance *entrance, struct entrance *new)
+{
+	const struct config_listen *config = new->config;
+	struct listen_access access = { config->mode, config->uid, config->gid };
+	struct err err;
+
+	if (listener_set_access(&entrance->listener, &access, &err))
+		log_error("%s", err.text);
+	tls_server_free(entrance->tls);
+	entrance->tls = new->tls;
+	entrance->config = config;
+	free(new);
+}
+
+static void start_entrance(struct entrance *entrance)
+{
+	int ret = listener_start(&entrance->listener, client_accepted);
+
+	if (ret)
+		log_error(
+			"cannot accept clients on %s: %s", entrance->listener.text, strerror(-ret));
+	else
+		log_info("NBD clients are served on %s%s", entrance->listener.text,
+			entrance->tls ? " with TLS" : "");
+}
+
+void nbd_door_commit(struct nbd_door_change *change)
+{
+	struct nbd_door *door = change->door;
+
+	set_limits(door, change->config);
+	for (size_t i = 0; i < change->entrance_count; i++) {
+		struct entrance *new = change->entrances[i];
+		struct entrance *old = find_entrance(door, new->config->address);
+
+		if (old) {
+			renew(old, new);
+			change->entrances[i] = old;
+		} else {
+			start_entrance(new);
+		}
+	}
+	for (size_t i = 0; i < door->entrance_count; i++) {
+		struct entrance *old = door->entrances[i];
+		bool stays = false;
+
+		for (size_t j = 0; j < change->entrance_count; j++)
+			stays = stays || change->entrances[j] == old;
+		if (stays)
+			continue;
+		log_info("NBD clients are not served on %s any more", old->listener.text);
+		listener_stop(&old->listener);
+		listener_close(&old->listener);
+		old->config = NULL;
+		entrance_free_unused(old);
+	}
+	free(door->entrances);
+	door->entrances = change->entrances;
+	door->entrance_count = change->entrance_count;
+	free(change);
+}
+
+/* --- its life --------------------------------------------------------------------------------- */
 
 int nbd_door_publish(struct nbd_door *door, struct export *export, struct err *err)
 {
@@ -281,14 +452,14 @@ int nbd_door_publish(struct nbd_door *door, struct export *export, struct err *e
 int nbd_door_start(struct nbd_door *door, struct err *err)
 {
 	for (size_t i = 0; i < door->entrance_count; i++) {
-		struct listener *listener = &door->entrances[i].listener;
+		struct listener *listener = &door->entrances[i]->listener;
 		int ret = listener_start(listener, client_accepted);
 		if (ret) {
 			nbd_door_stop(door);
 			return err_sys(err, -ret, "cannot accept clients on %s", listener->text);
 		}
 		log_info("NBD clients are served on %s%s", listener->text,
-			door->entrances[i].tls ? " with TLS" : "");
+			door->entrances[i]->tls ? " with TLS" : "");
 	}
 	return 0;
 }
@@ -296,7 +467,7 @@ int nbd_door_start(struct nbd_door *door, struct err *err)
 void nbd_door_stop(struct nbd_door *door)
 {
 	for (size_t i = 0; i < door->entrance_count; i++)
-		listener_stop(&door->entrances[i].listener);
+		listener_stop(&door->entrances[i]->listener);
 	nbd_server_stop(&door->server);
 }
 
@@ -304,11 +475,7 @@ void nbd_door_abandon(struct nbd_door *door)
 {
 	if (!door)
 		return;
-	for (size_t i = 0; i < door->entrance_count; i++) {
-		listener_close(&door->entrances[i].listener);
-		tls_server_free(door->entrances[i].tls);
-	}
-	free(door->entrances);
+	entrances_free(door->entrances, door->entrance_count);
 	free(door);
 }
 
@@ -331,7 +498,7 @@ json_t *nbd_door_status(const struct nbd_door *door)
 	json_t *listen = json_array();
 
 	for (size_t i = 0; i < door->entrance_count; i++)
-		json_array_append_new(listen, json_string(door->entrances[i].listener.text));
+		json_array_append_new(listen, json_string(door->entrances[i]->listener.text));
 	return json_pack("{s:o, s:i, s:i, s:I, s:I}", "listen", listen, "clients",
 		(int)door->clients.running, "max_clients", (int)door->client_max, "accepted",
 		(json_int_t)door->accepted, "refused", (json_int_t)door->refused);

@@ -18,6 +18,17 @@ struct nbd_door;
 /* Binds all of config->listen, or nothing. config outlives the door. */
 int nbd_door_open(struct nbd_door **door, const struct config *config, struct err *err);
 
+/*
+ * A new config for an open door, in two steps: nothing of it is seen until nbd_door_commit(), which cannot fail
+ * and after which the old config may go away (the new one outlives the door, or the next change). Errors
+ * as nbd_door_open(). TLS files are read again. Who is connected stays; rules are for those who come.
+ */
+struct nbd_door_change;
+suspends int nbd_door_prepare(struct nbd_door *door, const struct config *config,
+	struct nbd_door_change **change, struct err *err);
+void nbd_door_commit(struct nbd_door_change *change);
+void nbd_door_discard(struct nbd_door_change *change); /* NULL is fine */
+
 /* Clients can choose the export from now on; nbd_withdraw(&export->nbd, ...) ends that. */
 int nbd_door_publish(struct nbd_door *door, struct export *export, struct err *err);
 

@@ -4,7 +4,7 @@
 _blkstackctl() {
 	local word=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD - 1]}
 	local commands="list status resize flush discard attach detach mirror compact check snapshot"
-	commands+=" clients disconnect shutdown call doctor version"
+	commands+=" clients disconnect reload add remove shutdown call doctor version"
 	local socket=() operands=() i
 
 	# What stands on the line already: the command, its operands, and another socket.
@@ -14,7 +14,7 @@ _blkstackctl() {
 			[[ ${COMP_WORDS[i + 1]} == "=" ]] && ((i++)) # bash makes three words of --socket=PATH
 			socket=(--socket "${COMP_WORDS[++i]}")
 			;;
-		-r | --rate | --config | --root) ((i++)) ;;
+		-r | --rate | --config | --root | --config-snippet) ((i++)) ;;
 		-[a-zA-Z-]*) ;;
 		*) operands+=("${COMP_WORDS[i]}") ;;
 		esac
@@ -30,7 +30,9 @@ _blkstackctl() {
 	if [[ $word == -* ]]; then
 		candidates="--socket --json --help"
 		case ${operands[0]:-} in
-		resize | discard | detach) candidates+=" --force" ;;
+		resize | discard | detach | remove) candidates+=" --force" ;;
+		reload) candidates+=" --dry-run" ;;
+		add) candidates+=" --config-snippet" ;;
 		mirror)
 			case ${operands[1]:-} in
 			start) candidates+=" --to --overwrite --rate --intent-log --paused" ;;
@@ -47,7 +49,11 @@ _blkstackctl() {
 		candidates=$commands
 	elif ((${#operands[@]} == 1)); then
 		case ${operands[0]} in
-		status | resize | flush | discard | attach | detach | compact | check | clients)
+		add)
+			mapfile -t COMPREPLY < <(compgen -f -- "$word")
+			return
+			;;
+		status | resize | flush | discard | attach | detach | compact | check | clients | remove)
 			candidates=$(blkstackctl "${socket[@]}" list 2>/dev/null | awk 'NR > 1 { print $1 }')
 			;;
 		mirror) candidates="start status wait pause resume rate promote cancel verify" ;;
@@ -60,7 +66,7 @@ _blkstackctl() {
 			candidates+=" MirrorStart MirrorStatus MirrorWait MirrorPause MirrorResume MirrorRate"
 			candidates+=" MirrorCancel MirrorPromote MirrorVerify"
 			candidates+=" Compact CancelCompact Check Snapshots CreateSnapshot ApplySnapshot"
-			candidates+=" DeleteSnapshot"
+			candidates+=" DeleteSnapshot Reload Add Remove"
 			;;
 		esac
 	elif ((${#operands[@]} == 2)) && [[ ${operands[0]} == @(mirror|snapshot) ]]; then

@@ -16,8 +16,7 @@
 #include "base/util.h"
 #include "daemon/ctl/ctl.h"
 
-/* Calls a method whose reply people need not see. */
-static enum ctl_exit call_quietly(struct ctl *ctl, const char *method, json_t *parameters)
+enum ctl_exit ctl_call_quietly(struct ctl *ctl, const char *method, json_t *parameters)
 {
 	json_t *reply;
 	enum ctl_exit status = ctl_call(ctl, method, parameters, &reply);
@@ -185,7 +184,7 @@ static enum ctl_exit run_resize(struct ctl *ctl, const char **operands, int oper
 
 static enum ctl_exit run_flush(struct ctl *ctl, const char **operands, int operand_count)
 {
-	return call_quietly(ctl, "Flush", json_pack("{s:s}", "export", operands[0]));
+	return ctl_call_quietly(ctl, "Flush", json_pack("{s:s}", "export", operands[0]));
 }
 
 static enum ctl_exit run_discard(struct ctl *ctl, const char **operands, int operand_count)
@@ -201,13 +200,13 @@ static enum ctl_exit run_discard(struct ctl *ctl, const char **operands, int ope
 			"mean it",
 			operands[0]);
 	if (operand_count == 1)
-		return call_quietly(ctl, "Discard", json_pack("{s:s}", "export", operands[0]));
+		return ctl_call_quietly(ctl, "Discard", json_pack("{s:s}", "export", operands[0]));
 	status = ctl_parse_size(operands[1], &off);
 	if (!status)
 		status = ctl_parse_size(operands[2], &len_bytes);
 	if (status)
 		return status;
-	return call_quietly(ctl, "Discard",
+	return ctl_call_quietly(ctl, "Discard",
 		json_pack("{s:s, s:I, s:I}", "export", operands[0], "offset", (json_int_t)off,
 			"length", (json_int_t)len_bytes));
 }
@@ -230,7 +229,7 @@ static enum ctl_exit run_attach(struct ctl *ctl, const char **operands, int oper
 
 static enum ctl_exit run_detach(struct ctl *ctl, const char **operands, int operand_count)
 {
-	return call_quietly(
+	return ctl_call_quietly(
 		ctl, "Detach", json_pack("{s:s, s:b}", "export", operands[0], "force", ctl->force));
 }
 
@@ -244,7 +243,7 @@ static enum ctl_exit run_disconnect(struct ctl *ctl, const char **operands, int 
 		return ctl_fail(CTL_USAGE,
 			"\"%s\" is no number of a client (\"blkstackctl clients\" shows them)",
 			operands[0]);
-	return call_quietly(ctl, "Disconnect", json_pack("{s:I}", "id", (json_int_t)id));
+	return ctl_call_quietly(ctl, "Disconnect", json_pack("{s:I}", "id", (json_int_t)id));
 }
 
 /* Also waits for the end of the process, where its pid means something to us. */
@@ -258,7 +257,7 @@ static enum ctl_exit run_shutdown(struct ctl *ctl, const char **operands, int op
 	pid_t pid = (pid_t)json_integer_value(json_object_get(info, "pid"));
 	json_decref(info);
 	CLEANUP(fd) int process = pidfd_open(pid, 0);
-	status = call_quietly(ctl, "Shutdown", NULL);
+	status = ctl_call_quietly(ctl, "Shutdown", NULL);
 	if (status)
 		return status;
 	ctl_close(ctl);
@@ -340,6 +339,26 @@ const struct ctl_command ctl_commands[] = {
 		"it was,\n"
 		"and loses what is on it: not while it is in use, but with --force.\n",
 		ctl_snapshot },
+	{ "reload", "", 0, 0, CTL_DRY_RUN, "read the config file again",
+		"Does what lies between the file and what runs, and prints it: all of it, or "
+		"nothing "
+		"when the\n"
+		"file has an error or a step would take something from somebody (exit status 6). "
+		"An "
+		"export\n"
+		"of which nothing changed is not disturbed.\n",
+		ctl_reload },
+	{ "add", "[FILE]", 0, 1, CTL_SNIPPET, "add an export, until the daemon ends",
+		"FILE (- is standard input) has the settings of one export, as in the list exports "
+		"of a config\n"
+		"file: name = \"db\"; stack = ( ... );\n",
+		ctl_add },
+	{ "remove", "EXPORT", 1, 1, CTL_FORCE, "close an export and take it away",
+		"Refuses while its device is mounted, held or open, or an NBD client is connected, "
+		"and says who\n"
+		"that is. With --force they get errors. A reload brings it back if the config file "
+		"has it.\n",
+		ctl_remove },
 	{ "shutdown", "", 0, 0, 0, "end the daemon, and wait until it has ended", NULL,
 		run_shutdown },
 	{ "call", "METHOD [JSON]", 1, 2, CTL_MORE, "call any method of the control interface",

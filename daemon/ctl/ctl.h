@@ -6,6 +6,7 @@
  *	commands.c	one function per command
  *	mirror.c	the command "mirror", which has several of its own
  *	qcow.c		the commands for exports with a qcow layer
+ *	reload.c	the commands "reload", "add" and "remove"
  *	show.c		tables for people
  *	doctor*.c	the command "doctor"; see doctor.h
  */
@@ -45,8 +46,9 @@ struct ctl_doctor {
 struct ctl {
 	const struct ctl_command *command;
 	const char *socket_path;
-	bool json, force, more, cancel; /* options */
-	uint64_t rate_bytes_s;          /* 0: no limit */
+	bool json, force, more, cancel, dry_run; /* options */
+	const char *snippet;                     /* of the command "add"; NULL: none */
+	uint64_t rate_bytes_s;                   /* 0: no limit */
 	struct ctl_mirror mirror;
 	struct ctl_doctor doctor;
 	int fd;       /* -1 until the first call */
@@ -61,6 +63,8 @@ enum ctl_option {
 	CTL_CANCEL = 1 << 3,
 	CTL_MIRROR = 1 << 4,
 	CTL_DOCTOR = 1 << 5,
+	CTL_DRY_RUN = 1 << 6,
+	CTL_SNIPPET = 1 << 7,
 };
 
 struct ctl_command {
@@ -75,6 +79,9 @@ struct ctl_command {
 
 /* commands.c; ended by a row without a name. */
 extern const struct ctl_command ctl_commands[];
+
+/* Calls a method whose reply people need not see; with --json it is shown. Takes parameters over. */
+enum ctl_exit ctl_call_quietly(struct ctl *ctl, const char *method, json_t *parameters);
 
 /* "10G" in bytes; what is wrong was said. */
 enum ctl_exit ctl_parse_size(const char *text, uint64_t *size_bytes);
@@ -116,6 +123,9 @@ void ctl_close(struct ctl *ctl);
 
 /* --- qcow.c ------------------------------------------------------------------------------------- */
 
+enum ctl_exit ctl_reload(struct ctl *ctl, const char **operands, int operand_count);
+enum ctl_exit ctl_add(struct ctl *ctl, const char **operands, int operand_count);
+enum ctl_exit ctl_remove(struct ctl *ctl, const char **operands, int operand_count);
 enum ctl_exit ctl_compact(struct ctl *ctl, const char **operands, int operand_count);
 enum ctl_exit ctl_check(struct ctl *ctl, const char **operands, int operand_count);
 enum ctl_exit ctl_snapshot(struct ctl *ctl, const char **operands, int operand_count);

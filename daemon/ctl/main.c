@@ -60,12 +60,13 @@ static void show_help(void)
 
 static void show_command_help(const struct ctl_command *command)
 {
-	printf("Usage: blkstackctl %s%s%s%s%s%s%s\n%c%s.\n%s%s\nOptions:\n", command->name,
+	printf("Usage: blkstackctl %s%s%s%s%s%s%s%s\n%c%s.\n%s%s\nOptions:\n", command->name,
 		*command->operands ? " " : "", command->operands,
 		command->options & CTL_FORCE ? " [--force]" : "",
 		command->options & CTL_MORE ? " [--more]" : "",
 		command->options & CTL_RATE ? " [--rate BYTES]" : "",
-		command->options & CTL_CANCEL ? " [--cancel]" : "", toupper(command->summary[0]),
+		command->options & CTL_CANCEL ? " [--cancel]" : "",
+		command->options & CTL_DRY_RUN ? " [--dry-run]" : "", toupper(command->summary[0]),
 		command->summary + 1, command->help ? "\n" : "",
 		command->help ? command->help : "");
 	if (command->options & CTL_FORCE)
@@ -76,6 +77,11 @@ static void show_command_help(const struct ctl_command *command)
 		puts("  -r, --rate BYTES    move at most so much per second, like 50M");
 	if (command->options & CTL_CANCEL)
 		puts("  -c, --cancel        end the one that runs");
+	if (command->options & CTL_DRY_RUN)
+		puts("  -n, --dry-run       only tell what there is to do, and what stands in the "
+		     "way");
+	if (command->options & CTL_SNIPPET)
+		puts("  --config-snippet TEXT\n                      the settings themselves");
 	fputs(options_help, stdout);
 }
 
@@ -122,7 +128,13 @@ static enum ctl_exit parse_option(struct ctl *ctl, struct command_line *line, ch
 		line->more = true;
 	else if (is_option(word, "-c", "--cancel"))
 		line->cancel = true;
-	else if (is_option(word, "-r", "--rate") || !strncmp(word, "--rate=", 7)) {
+	else if (is_option(word, "-n", "--dry-run"))
+		ctl->dry_run = true;
+	else if (!strcmp(word, "--config-snippet") || !strncmp(word, "--config-snippet=", 17)) {
+		ctl->snippet = option_argument(word, words);
+		if (!ctl->snippet)
+			return ctl_fail(CTL_USAGE, "%s needs the settings of an export", word);
+	} else if (is_option(word, "-r", "--rate") || !strncmp(word, "--rate=", 7)) {
 		line->rate = option_argument(word, words);
 		if (!line->rate)
 			return ctl_fail(CTL_USAGE, "%s needs bytes per second, like 50M", word);
@@ -170,22 +182,28 @@ static enum ctl_exit check_usage(const struct ctl *ctl, const struct command_lin
 {
 	const struct ctl_command *command = ctl->command;
 	int given = line->operand_count - 1;
+	const struct {
+		bool given;
+		enum ctl_option option;
+		const char *name;
+	} options[] = {
+		{ line->force, CTL_FORCE, "--force" },
+		{ line->more, CTL_MORE, "--more" },
+		{ ctl->mirror.given, CTL_MIRROR, ctl->mirror.given },
+		{ ctl->doctor.given, CTL_DOCTOR, ctl->doctor.given },
+		{ line->cancel, CTL_CANCEL, "--cancel" },
+		{ line->rate, CTL_RATE, "--rate" },
+		{ ctl->dry_run, CTL_DRY_RUN, "--dry-run" },
+		{ ctl->snippet, CTL_SNIPPET, "--config-snippet" },
+	};
 
 	if (given < command->min_operands || given > command->max_operands)
 		return ctl_fail(CTL_USAGE, "usage: blkstackctl %s%s%s", command->name,
 			*command->operands ? " " : "", command->operands);
-	if (line->force && !(command->options & CTL_FORCE))
-		return ctl_fail(CTL_USAGE, "%s knows no --force", command->name);
-	if (line->more && !(command->options & CTL_MORE))
-		return ctl_fail(CTL_USAGE, "%s knows no --more", command->name);
-	if (ctl->mirror.given && !(command->options & CTL_MIRROR))
-		return ctl_fail(CTL_USAGE, "%s knows no %s", command->name, ctl->mirror.given);
-	if (ctl->doctor.given && !(command->options & CTL_DOCTOR))
-		return ctl_fail(CTL_USAGE, "%s knows no %s", command->name, ctl->doctor.given);
-	if (line->cancel && !(command->options & CTL_CANCEL))
-		return ctl_fail(CTL_USAGE, "%s knows no --cancel", command->name);
-	if (line->rate && !(command->options & CTL_RATE))
-		return ctl_fail(CTL_USAGE, "%s knows no --rate", command->name);
+	for (size_t i = 0; i < ARRAY_LEN(options); i++)
+		if (options[i].given && !(command->options & options[i].option))
+			return ctl_fail(
+				CTL_USAGE, "%s knows no %s", command->name, options[i].name);
 	return CTL_OK;
 }
 

@@ -45,6 +45,12 @@ int nbd_publish(struct nbd_server *server, struct nbd_export *export, struct err
 	return 0;
 }
 
+void nbd_make_first(struct nbd_server *server, struct nbd_export *export)
+{
+	list_remove(&export->link);
+	list_push_front(&server->exports, &export->link);
+}
+
 struct close_call {
 	struct nbd_export *export;
 	uint64_t grace_ns;

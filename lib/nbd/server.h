@@ -212,6 +212,9 @@ void nbd_server_set_limits(struct nbd_server *server, const struct nbd_limits *l
 /* Clients can choose it from now on. -EEXIST when there is one of that name, -ENAMETOOLONG, -EINVAL. */
 int nbd_publish(struct nbd_server *server, struct nbd_export *export, struct err *err);
 
+/* Makes a published export the default one. */
+void nbd_make_first(struct nbd_server *server, struct nbd_export *export);
+
 /* Hides it from new clients, then nbd_export_close(). Harmless when it was never published. */
 suspends void nbd_withdraw(struct nbd_export *export, uint64_t grace_ns);
 

@@ -37,7 +37,10 @@ struct tls_options {
 /* At least one of certificates and psk. The options may go away. Plain code that reads files. */
 int tls_server_create(
 	struct tls_server **server, const struct tls_options *options, struct err *err);
-void tls_server_free(struct tls_server *server); /* after all its sessions; NULL is fine */
+/* One more who needs it; the same. All on one thread. */
+struct tls_server *tls_server_get(struct tls_server *server);
+/* The last one frees it, after all its sessions; NULL is fine. */
+void tls_server_free(struct tls_server *server);
 
 /*
  * The handshake with the client at the other end of a plain stream. The computing is done on a thread of

@@ -28,6 +28,7 @@
 #define KEY_MIN_BYTES 16 /* what is shorter can be guessed by trying */
 
 struct tls_server {
+	unsigned references;
 	gnutls_certificate_credentials_t certificates; /* NULL: none */
 	gnutls_psk_server_credentials_t keys;          /* NULL: none */
 	gnutls_priority_t priority;
@@ -243,6 +244,7 @@ int tls_server_create(
 		free(server);
 		return ret;
 	}
+	server->references = 1;
 	server->verify_clients = options->verify_clients;
 	copy_subjects(server, options);
 	if (options->certificates)
@@ -261,9 +263,15 @@ int tls_server_create(
 	return ret;
 }
 
+struct tls_server *tls_server_get(struct tls_server *server)
+{
+	server->references++;
+	return server;
+}
+
 void tls_server_free(struct tls_server *server)
 {
-	if (!server)
+	if (!server || --server->references)
 		return;
 	if (server->certificates)
 		gnutls_certificate_free_credentials(server->certificates);
