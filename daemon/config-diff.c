@@ -47,10 +47,11 @@ static struct config_step *add(struct config_diff *diff, enum config_action acti
 static void add_export(struct config_diff *diff, enum config_action action,
 	const struct config_running *running, struct config_export *to, const char *detail)
 {
-	struct config_step *step = add(
-		diff, action, CONFIG_EXPORT, running ? running->config->name : to->name, detail);
+	struct config_export *from = running ? running->config : NULL;
+	const struct config_export *named = from ? from : to;
+	struct config_step *step = add(diff, action, CONFIG_EXPORT, named->name, detail);
 
-	step->from = running ? config_export_get(running->config) : NULL;
+	step->from = from ? config_export_get(from) : NULL;
 	step->by_hand = running && running->by_hand;
 	step->to = to ? config_export_get(to) : NULL;
 }

@@ -45,7 +45,7 @@ static const struct conf *find_list(const struct conf *conf, const struct blk *t
 	return found;
 }
 
-static void ask(void *arg)
+static suspends void ask(void *arg)
 {
 	struct question *question = arg;
 	const struct export *export = question->export;
