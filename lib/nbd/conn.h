@@ -8,6 +8,7 @@
  *	status.c	block status
  *	form.c		a reply's bytes, in the form that was negotiated
  *	reply.c		replies that are ready wait in `ready`; they are sent together
+ *	journal*.c	what outlives the process, for a connection that does (`line` is not NULL)
  *
  * Batching: everything one receive brought in is run before the socket is touched again. `batching` is
  * true meanwhile: the receiver sends the replies when it is through. Replies that become ready at any
@@ -64,6 +65,7 @@ struct nbd_request {
 	uint8_t *payload;        /* of a read or write, descriptors of a block status; else NULL */
 	uint32_t payload_bytes;  /* what payload was taken for */
 	struct nbd_chunk *chunk; /* where payload lies, or NULL: it is a buffer of its own */
+	struct nbd_held *held;   /* its place in the journal; NULL where there is none */
 
 	/* The reply, piece by piece: form.c fills it in. What is above is known when it was received. */
 	struct iovec *pieces; /* own_pieces, or in fragments */
@@ -94,13 +96,17 @@ struct nbd_conn {
 	uint64_t since_ns;
 	struct stream stream;
 	struct nbd_counters counters;
+	struct nbd_line *line; /* in the journal; NULL: the connection ends with the process */
+	uint32_t max_len;      /* of a read or write */
 
 	/* receiving */
-	struct nbd_chunk *chunk;
-	size_t pos, fill; /* chunk->data[pos..fill) is received and not yet used */
+	struct nbd_chunk *chunk; /* NULL when there is a line */
+	/* chunk->data[pos..fill), or the line's ring, is received and not yet used. */
+	uint64_t pos, fill;
 	bool batching;
 	bool between_requests;  /* the receiver waits for the first byte of a request */
 	bool stopping;          /* no more requests, please */
+	bool parking;           /* nor the rest of one: a successor goes on */
 	unsigned turn_requests; /* started since the receiver last let others run */
 	uint64_t turn_bytes;
 
@@ -152,6 +158,15 @@ uint32_t nbd_request_buffer_bytes(const struct nbd_request *request);
 /* Runs it, or as much of it as goes without waiting. Ends in nbd_reply(). */
 void nbd_request_start(struct nbd_request *request);
 
+/* What a write, trim or write of zeroes does to a disk. */
+struct nbd_change {
+	uint16_t type, flags;
+	uint64_t off, len;
+	const void *payload;
+};
+struct nbd_change nbd_change_of(const struct nbd_request *request);
+suspends int nbd_change(struct blk *blk, const struct nbd_change *change);
+
 /* read.c, status.c: the reply is formed afterwards, whatever the result (0 or -errno, for the counters). */
 suspends int nbd_read(struct nbd_request *request);
 suspends int nbd_status(struct nbd_request *request);
@@ -163,6 +178,8 @@ void nbd_form_success(struct nbd_request *request); /* without data */
 /* off: where it went wrong, NULL when that is not known. */
 void nbd_form_error(struct nbd_request *request, struct nbd_refusal refusal, const uint64_t *off);
 void nbd_form_data(struct nbd_request *request); /* payload is what was read */
+/* In the simple form, the reply that it had, byte for byte; payload as above if that was data. */
+void nbd_form_again(struct nbd_request *request, enum nbd_error error);
 void nbd_form_status(struct nbd_request *request, unsigned descriptor_count);
 /* Part after part of a reply in several chunks: after nbd_fragments_get(), at most NBD_READ_EXTENTS_MAX. */
 void nbd_form_part_data(struct nbd_request *request, uint64_t off, uint32_t len, bool last);
@@ -175,5 +192,48 @@ void nbd_reply_init(struct nbd_conn *conn);
 void nbd_reply(struct nbd_request *request);
 /* Sends what is ready as far as the socket takes it; the rest follows when it takes more. */
 void nbd_reply_send(struct nbd_conn *conn);
+/* The same for what is left of a reply of which sent_bytes were sent: before all others. */
+void nbd_reply_rest(struct nbd_request *request, size_t sent_bytes);
 /* Nothing can be sent any more: forgets the replies and wakes who waits for the client. */
 void nbd_conn_break(struct nbd_conn *conn, int error);
+
+/*
+ * journal_line.c: what a connection with a journal does instead, or in addition. A request is entered when it
+ * is complete, and before it is run; conn->pos is its end then.
+ */
+struct nbd_line *nbd_line_of(struct nbd_journal *journal, unsigned connection); /* or NULL */
+int nbd_line_fd(const struct nbd_line *line);
+bool nbd_line_may_begin(const struct nbd_line *line, const struct nbd_export *export);
+void nbd_line_begin(struct nbd_line *line, struct nbd_conn *conn); /* sets conn's positions */
+void nbd_line_end(struct nbd_line *line);
+uint32_t nbd_line_max_request(const struct nbd_line *line);
+/* In flight; there are entries for as many that wait for a flush. */
+#define NBD_LINE_REQUESTS_MAX 1024U
+
+/* The predecessor's reply that is to be completed, and its requests that are to be run again. */
+bool nbd_line_cut_off(struct nbd_line *line, struct nbd_request *request, enum nbd_error *error,
+	size_t *sent_bytes);
+/* The next one in the order of receipt; after: NULL for the first one. */
+bool nbd_line_next_unanswered(
+	struct nbd_line *line, const struct nbd_held *after, struct nbd_request *request);
+
+uint8_t *nbd_line_at(const struct nbd_line *line, uint64_t position);
+size_t nbd_line_space(const struct nbd_line *line); /* for more, behind conn->fill */
+int nbd_line_received(struct nbd_line *line, size_t bytes);
+/* For one more request that will take so much with nbd_line_payload_get(). */
+bool nbd_line_has_room(const struct nbd_line *line, size_t payload_bytes);
+/* There is not enough of either: sees to it that there will be. */
+void nbd_line_wants_room(struct nbd_line *line);
+void nbd_line_enter(struct nbd_line *line, struct nbd_request *request);
+
+uint8_t *nbd_line_payload_get(struct nbd_request *request, size_t size_bytes);
+void nbd_line_payload_put(struct nbd_request *request);
+
+void nbd_line_answer(
+	struct nbd_request *request); /* its reply is formed, and the next to be sent */
+int nbd_line_sent(struct nbd_line *line, size_t bytes);
+void nbd_line_done(struct nbd_request *request); /* the reply was sent to its end */
+
+/* journal_keep.c: a change, or a flush, of an export that has a journal. By anybody. */
+suspends int nbd_journal_change(struct nbd_journal *journal, struct nbd_request *request);
+suspends int nbd_journal_flush(struct nbd_journal *journal);

@@ -5,6 +5,7 @@
  * every reply is sent or given up: only then are its buffers nobody's. nbd_serve() does not return before.
  */
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -13,6 +14,7 @@
 #include "base/log.h"
 #include "base/util.h"
 #include "nbd/conn.h"
+#include "nbd/journal.h"
 #include "nbd/latency.h"
 #include "nbd/trace.h"
 #include "rt/tls.h"
@@ -91,6 +93,7 @@ static struct nbd_conn *conn_create(struct nbd_export *export, const struct nbd_
 		return NULL;
 	conn->export = export;
 	conn->limits = limits;
+	conn->max_len = BLK_REQUEST_MAX;
 	conn->id = session->id;
 	conn->read_only = nbd_export_flags(export, session->read_only) & NBD_FLAG_READ_ONLY;
 	conn->form = session->form;
@@ -123,6 +126,8 @@ static void share_out(struct nbd_export *export)
 			(uint64_t)SHARE_MIN_BYTES);
 
 		conn->max_requests = MIN(limits->requests, requests);
+		if (conn->line)
+			conn->max_requests = MIN(conn->max_requests, NBD_LINE_REQUESTS_MAX);
 		conn->max_buffered_bytes = MIN(limits->buffer_bytes, bytes);
 		co_queue_wake_all(&conn->room);
 	}
@@ -174,6 +179,12 @@ static void enlarge_send_buffer(int fd)
 /* Reads no more requests; those that were read are answered. */
 static void conn_stop(struct nbd_conn *conn)
 {
+	if (conn->line && !conn->stopping) {
+		conn->parking = true;
+		stream_cancel_recv(&conn->stream);
+		co_queue_wake_all(&conn->room);
+		return;
+	}
 	conn->stopping = true;
 	/* Wakes the receiver with an end of stream; in the middle of a request it reads on to its end. */
 	if (conn->between_requests)
@@ -203,39 +214,87 @@ static void add_counters(struct nbd_counters *sum, const struct nbd_counters *co
 	sum->errors += counters->errors;
 }
 
-suspends int nbd_serve(struct nbd_export *export, const struct nbd_session *session)
+/* Whether it is as a successor needs it: nothing went wrong but that we would not wait any longer. */
+static bool is_parked(const struct nbd_conn *conn)
 {
-	struct nbd_conn *conn = export->closing ? NULL : conn_create(export, session);
+	return conn->parking &&
+	       (!conn->error || conn->error == -ESHUTDOWN || conn->error == -ETIMEDOUT);
+}
 
-	if (!conn) {
-		tls_free(session->tls);
-		close(session->fd);
-		return export->closing ? -ESHUTDOWN : -ENOMEM;
-	}
-	int ret = stream_init(&conn->stream, session->fd);
-	if (ret) {
-		tls_free(session->tls);
-		conn_free(conn);
-		return ret;
-	}
-	stream_set_tls(&conn->stream, session->tls);
-	enlarge_send_buffer(session->fd);
+static suspends int serve(struct nbd_conn *conn)
+{
+	struct nbd_export *export = conn->export;
+
+	enlarge_send_buffer(conn->stream.fd);
 	enter(export, conn);
 	timer_init(&conn->idle_timer, idle_tick);
 	if (conn->limits->idle_ns)
 		idle_tick(&conn->idle_timer);
-	ret = nbd_receive_requests(conn);
-	if (ret)
-		log_debug("nbd: export \"%s\": client %s: %s", export->name, conn->peer,
-			strerror(-ret));
+	int ret = nbd_receive_requests(conn);
 	if (nbd_traced(conn->trace))
 		nbd_trace(conn->trace, "the last request was received: %s",
 			ret ? strerror(-ret) : "the client is through");
 	timer_cancel(&conn->idle_timer);
 	conn_finish(conn);
-	stream_fini(&conn->stream);
+	if (is_parked(conn))
+		ret = NBD_PARKED;
+	if (ret < 0)
+		log_debug("nbd: export \"%s\": client %s: %s", export->name, conn->peer,
+			strerror(-ret));
 	add_counters(&export->counters, &conn->counters);
 	leave(export, conn);
+	return ret;
+}
+
+/* On a duplicate: the stream's descriptor is the stream's. */
+static suspends int serve_line(struct nbd_conn *conn, struct nbd_line *line)
+{
+	int fd = fcntl(nbd_line_fd(line), F_DUPFD_CLOEXEC, 0);
+	int ret = fd < 0 ? -errno : stream_init(&conn->stream, fd);
+
+	if (ret)
+		return ret;
+	conn->line = line;
+	conn->max_len = nbd_line_max_request(line);
+	nbd_line_begin(line, conn);
+	ret = serve(conn);
+	nbd_line_end(line);
+	if (ret != NBD_PARKED)
+		shutdown(conn->stream.fd, SHUT_RDWR);
+	stream_fini(&conn->stream);
+	return ret;
+}
+
+static suspends int serve_socket(struct nbd_conn *conn, const struct nbd_session *session)
+{
+	int ret = stream_init(&conn->stream, session->fd);
+
+	if (ret) {
+		tls_free(session->tls);
+		return ret;
+	}
+	stream_set_tls(&conn->stream, session->tls);
+	ret = serve(conn);
+	stream_fini(&conn->stream);
+	return ret;
+}
+
+suspends int nbd_serve(struct nbd_export *export, const struct nbd_session *session)
+{
+	struct nbd_line *line = session->journal
+					? nbd_line_of(session->journal, session->connection)
+					: NULL;
+
+	if (session->journal && (!line || !nbd_line_may_begin(line, export)))
+		return -EINVAL;
+	struct nbd_conn *conn = export->closing ? NULL : conn_create(export, session);
+	if (!conn) {
+		tls_free(session->tls);
+		if (!line)
+			close(session->fd);
+		return !export->closing ? -ENOMEM : line ? NBD_PARKED : -ESHUTDOWN;
+	}
+	int ret = line ? serve_line(conn, line) : serve_socket(conn, session);
 	conn_free(conn);
 	return ret;
 }
@@ -266,6 +325,7 @@ suspends void nbd_export_close(struct nbd_export *export, uint64_t grace_ns)
 	timer_arm(&cut.timer, reactor_now_ns() + grace_ns);
 	co_group_wait(&export->serving);
 	timer_cancel(&cut.timer);
+	nbd_journal_settle(export); /* else the successor does it all again, which is no harm */
 }
 
 /* --- status ----------------------------------------------------------------------------------- */

@@ -157,6 +157,13 @@ void nbd_form_data(struct nbd_request *request)
 	add_data(request, &request->head, request->off, (uint32_t)request->len, true);
 }
 
+void nbd_form_again(struct nbd_request *request, enum nbd_error error)
+{
+	form_simple(request, error);
+	if (request->type == NBD_CMD_READ && !error && request->len)
+		add_piece(request, request->payload, request->len);
+}
+
 /* The descriptors are in payload. */
 void nbd_form_status(struct nbd_request *request, unsigned descriptor_count)
 {

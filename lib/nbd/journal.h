@@ -33,7 +33,7 @@ struct nbd_journal;
 
 /* What the journal of one device holds of requests and their data, all its connections together. */
 #define NBD_JOURNAL_ARENA_DEFAULT_BYTES (UINT64_C(32) << 20)
-#define NBD_JOURNAL_ARENA_MAX_BYTES     (UINT64_C(4) << 30)
+#define NBD_JOURNAL_ARENA_MAX_BYTES     (UINT64_C(1) << 30)
 
 /*
  * The memory's size in bytes for so many connections (1..NBD_SEAT_CONNECTIONS_MAX) that share arena_bytes.
@@ -91,5 +91,8 @@ suspends int nbd_journal_replay(
  */
 suspends int nbd_journal_settle(struct nbd_export *export);
 
-/* Unmaps. No nbd_serve() runs on it. NULL is fine. What it says stays in the memory, for a successor. */
-void nbd_journal_close(struct nbd_journal *journal);
+/*
+ * Home reactor, once no nbd_serve() runs on it. Parts it from the export and unmaps; what it says stays
+ * in the memory, for a successor. NULL is fine.
+ */
+suspends void nbd_journal_close(struct nbd_journal *journal);

@@ -9,6 +9,9 @@
  * received into a buffer of their own. The payload of a request that is refused anyway is thrown away
  * piece by piece, then the error is answered and the connection lives on.
  *
+ * A connection with a journal receives into the ring of its line instead of chunks, where everything
+ * is in place; it begins with what its predecessor left.
+ *
  * What ends a connection: the client (NBD_CMD_DISC, end of stream), stopping, a wrong magic number or an
  * absurd length ("Terminating the transmission phase" allows a hard disconnect), a broken socket.
  */
@@ -75,14 +78,17 @@ static void chunk_put(struct nbd_conn *conn, struct nbd_chunk *chunk)
 
 bool nbd_payload_get(struct nbd_request *request, uint32_t size_bytes)
 {
-	request->payload = buffer_get(request->conn, size_bytes);
+	request->payload = request->conn->line ? nbd_line_payload_get(request, size_bytes)
+					       : buffer_get(request->conn, size_bytes);
 	request->payload_bytes = size_bytes;
 	return request->payload;
 }
 
 void nbd_payload_put(struct nbd_request *request)
 {
-	if (request->chunk)
+	if (request->conn->line)
+		nbd_line_payload_put(request);
+	else if (request->chunk)
 		chunk_put(request->conn, request->chunk);
 	else if (request->payload)
 		buffer_put(request->conn, request->payload, request->payload_bytes);
@@ -116,23 +122,33 @@ static void pause_batch(struct nbd_conn *conn)
 
 static bool has_room(const struct nbd_conn *conn, size_t size_bytes)
 {
+	if (conn->line && !nbd_line_has_room(conn->line, size_bytes))
+		return false;
 	if (!conn->in_flight)
 		return true; /* one request alone always may */
 	return conn->in_flight < conn->max_requests &&
 	       conn->buffered_bytes + size_bytes <= conn->max_buffered_bytes;
 }
 
+/* Why the receiver must not go on, whatever it waits for. */
+static int stopped(const struct nbd_conn *conn)
+{
+	return conn->error ? conn->error : conn->parking ? -ECANCELED : 0;
+}
+
 /* Waits until there is a slot and so much memory for one more request. */
 static suspends int wait_for_room(struct nbd_conn *conn, size_t size_bytes)
 {
-	while (!conn->error && !has_room(conn, size_bytes)) {
+	while (!stopped(conn) && !has_room(conn, size_bytes)) {
 		pause_batch(conn);
+		if (conn->line)
+			nbd_line_wants_room(conn->line);
 		/* Sending may have made room just now. */
-		if (!conn->error && !has_room(conn, size_bytes))
+		if (!stopped(conn) && !has_room(conn, size_bytes))
 			co_queue_wait(&conn->room);
 		conn->batching = true;
 	}
-	return conn->error;
+	return stopped(conn);
 }
 
 static bool has_had_its_turn(const struct nbd_conn *conn)
@@ -152,10 +168,26 @@ static suspends void let_others_run(struct nbd_conn *conn)
 
 /* --- bytes ------------------------------------------------------------------------------------ */
 
-/* Makes space behind fill so that [pos, pos + len_bytes) fits into the chunk. */
+/* Waits until enough of what is in use in the ring has been answered. */
+static suspends int wait_for_space(struct nbd_conn *conn, size_t space_bytes)
+{
+	while (!stopped(conn) && nbd_line_space(conn->line) < space_bytes) {
+		pause_batch(conn);
+		nbd_line_wants_room(conn->line);
+		if (!stopped(conn) && nbd_line_space(conn->line) < space_bytes)
+			co_queue_wait(&conn->room);
+		conn->batching = true;
+	}
+	return stopped(conn);
+}
+
+/* Makes space behind fill so that [pos, pos + len_bytes) fits, or a good part of it. */
 static suspends int make_space(struct nbd_conn *conn, size_t len_bytes)
 {
 	size_t have = conn->fill - conn->pos;
+
+	if (conn->line)
+		return wait_for_space(conn, MIN(len_bytes - have, (size_t)CHUNK_SPACE_MIN_BYTES));
 	bool fits = NBD_CHUNK_DATA_BYTES - conn->pos >= len_bytes &&
 		    NBD_CHUNK_DATA_BYTES - conn->fill >= CHUNK_SPACE_MIN_BYTES;
 
@@ -192,13 +224,23 @@ static suspends ssize_t receive(struct nbd_conn *conn, void *buf, size_t max_byt
 	conn->moved++;
 	conn->turn_requests = 0;
 	conn->turn_bytes = 0;
+	if (conn->line && got > 0) {
+		int ret = nbd_line_received(conn->line, (size_t)got);
+		got = ret ? ret : got;
+	}
 	return conn->error ? conn->error : got;
+}
+
+static uint8_t *place_of(const struct nbd_conn *conn, uint64_t pos)
+{
+	return conn->line ? nbd_line_at(conn->line, pos) : conn->chunk->data + pos;
 }
 
 static suspends ssize_t receive_some(struct nbd_conn *conn)
 {
-	size_t space = NBD_CHUNK_DATA_BYTES - conn->fill;
-	ssize_t got = receive(conn, conn->chunk->data + conn->fill, space);
+	size_t space = conn->line ? MIN(nbd_line_space(conn->line), (size_t)NBD_CHUNK_BYTES)
+				  : NBD_CHUNK_DATA_BYTES - conn->fill;
+	ssize_t got = receive(conn, place_of(conn, conn->fill), space);
 
 	if (got > 0)
 		conn->fill += (size_t)got;
@@ -222,6 +264,8 @@ static suspends int need(struct nbd_conn *conn, size_t len_bytes)
 /* Waits for the first byte of a request: 1; 0: there will be none. */
 static suspends int next_request(struct nbd_conn *conn)
 {
+	if (conn->parking)
+		return 0;
 	if (conn->pos < conn->fill)
 		return 1;
 	if (conn->stopping)
@@ -239,7 +283,7 @@ static suspends int next_request(struct nbd_conn *conn)
 
 static suspends int skip_payload(struct nbd_conn *conn, size_t len_bytes)
 {
-	if (len_bytes > SKIP_MAX_BYTES)
+	if (len_bytes > (conn->line ? conn->max_len : SKIP_MAX_BYTES))
 		return -EPROTO;
 	for (;;) {
 		size_t skipped = MIN(len_bytes, conn->fill - conn->pos);
@@ -258,8 +302,9 @@ static suspends int skip_payload(struct nbd_conn *conn, size_t len_bytes)
 static void use_in_place(struct nbd_conn *conn, struct nbd_request *request)
 {
 	request->chunk = conn->chunk;
-	conn->chunk->refs++;
-	request->payload = conn->chunk->data + conn->pos;
+	if (conn->chunk)
+		conn->chunk->refs++;
+	request->payload = place_of(conn, conn->pos);
 	conn->pos += request->len;
 }
 
@@ -288,7 +333,8 @@ static suspends int receive_into_buffer(struct nbd_conn *conn, struct nbd_reques
 
 static suspends int receive_payload(struct nbd_conn *conn, struct nbd_request *request)
 {
-	if (request->len > PAYLOAD_IN_PLACE_MAX_BYTES && request->len > conn->fill - conn->pos)
+	if (!conn->line && request->len > PAYLOAD_IN_PLACE_MAX_BYTES &&
+		request->len > conn->fill - conn->pos)
 		return receive_into_buffer(conn, request);
 	int ret = need(conn, request->len);
 	if (!ret)
@@ -298,7 +344,21 @@ static suspends int receive_payload(struct nbd_conn *conn, struct nbd_request *r
 
 /* --- requests --------------------------------------------------------------------------------- */
 
-/* From a request on the receiver's stack, complete with its payload, to a slot, and off it goes. */
+/* From a request on the receiver's stack to a slot. */
+static struct nbd_request *take_slot(struct nbd_conn *conn, const struct nbd_request *received)
+{
+	struct list *slot = list_pop_front(&conn->free);
+
+	assert(slot); /* there is room */
+	struct nbd_request *request = list_entry(slot, struct nbd_request, link);
+	memcpy(request, received, offsetof(struct nbd_request, pieces));
+	list_init(&request->link);
+	request->received_ns = reactor_now_ns();
+	conn->in_flight++;
+	return request;
+}
+
+/* When it is complete with its payload; and off it goes. */
 static suspends int start_request(
 	struct nbd_conn *conn, const struct nbd_request *received, struct nbd_refusal refusal)
 {
@@ -306,13 +366,9 @@ static suspends int start_request(
 
 	if (ret)
 		return ret;
-	struct list *slot = list_pop_front(&conn->free);
-	assert(slot); /* there is room */
-	struct nbd_request *request = list_entry(slot, struct nbd_request, link);
-	memcpy(request, received, offsetof(struct nbd_request, pieces));
-	list_init(&request->link);
-	request->received_ns = reactor_now_ns();
-	conn->in_flight++;
+	struct nbd_request *request = take_slot(conn, received);
+	if (conn->line && !request->held)
+		nbd_line_enter(conn->line, request);
 	conn->turn_requests++;
 	conn->turn_bytes += request->payload ? request->len : nbd_request_buffer_bytes(request);
 	if (refusal.error)
@@ -357,7 +413,7 @@ static suspends int receive_header(struct nbd_conn *conn, struct nbd_request *re
 
 	if (ret)
 		return ret;
-	const uint8_t *bytes = conn->chunk->data + conn->pos;
+	const uint8_t *bytes = place_of(conn, conn->pos);
 	conn->pos += header_bytes;
 	bool right = extended ? parse_extended(bytes, request) : parse_compact(bytes, request);
 	return right ? 0 : -EPROTO;
@@ -389,8 +445,8 @@ static suspends int receive_status_payload(
 	int ret = need(conn, request->len);
 	if (ret)
 		return ret;
-	memcpy(&payload, conn->chunk->data + conn->pos, sizeof(payload));
-	memcpy(&context, conn->chunk->data + conn->pos + sizeof(payload), sizeof(context));
+	memcpy(&payload, place_of(conn, conn->pos), sizeof(payload));
+	memcpy(&context, place_of(conn, conn->pos) + sizeof(payload), sizeof(context));
 	conn->pos += request->len;
 	request->len = be64_get(payload.len);
 	if (be32_get(context) == NBD_ALLOCATION_ID)
@@ -444,21 +500,54 @@ static suspends int receive_request(struct nbd_conn *conn)
 	return ret;
 }
 
-suspends int nbd_receive_requests(struct nbd_conn *conn)
+/* --- the connection --------------------------------------------------------------------------- */
+
+/* Goes on where the predecessor was: the rest of its last reply, then its requests that have none. */
+static suspends int resume(struct nbd_conn *conn)
 {
-	conn->chunk = chunk_get(conn);
-	if (!conn->chunk)
-		return -ENOMEM;
-	conn->batching = true;
-	int ret;
-	while ((ret = next_request(conn)) > 0) {
+	struct nbd_request request;
+	enum nbd_error error;
+	size_t sent_bytes;
+	int ret = 0;
+
+	if (nbd_line_cut_off(conn->line, &request, &error, &sent_bytes)) {
+		struct nbd_request *cut_off = take_slot(conn, &request);
+
+		cut_off->kind = NBD_COUNTERS; /* counted when it was done */
+		nbd_form_again(cut_off, error);
+		nbd_reply_rest(cut_off, sent_bytes);
+	}
+	const struct nbd_held *after = NULL;
+	while (!ret && nbd_line_next_unanswered(conn->line, after, &request)) {
+		after = request.held;
+		ret = start_request(conn, &request, nbd_request_check(conn, &request));
+	}
+	return ret;
+}
+
+static suspends int receive_all(struct nbd_conn *conn)
+{
+	int ret = conn->line ? resume(conn) : 0;
+
+	while (!ret && (ret = next_request(conn)) > 0) {
 		ret = receive_request(conn);
-		if (ret)
-			break;
-		if (has_had_its_turn(conn))
+		if (!ret && has_had_its_turn(conn))
 			let_others_run(conn);
 	}
+	return ret;
+}
+
+suspends int nbd_receive_requests(struct nbd_conn *conn)
+{
+	if (!conn->line) {
+		conn->chunk = chunk_get(conn);
+		if (!conn->chunk)
+			return -ENOMEM;
+	}
+	conn->batching = true;
+	int ret = receive_all(conn);
 	pause_batch(conn);
-	chunk_put(conn, conn->chunk);
+	if (conn->chunk)
+		chunk_put(conn, conn->chunk);
 	return ret;
 }

@@ -80,8 +80,9 @@ static void gather(const struct nbd_conn *conn, struct gathered *all, size_t max
 }
 
 /* So many more bytes are in the socket. */
-static void sent(struct nbd_conn *conn, size_t bytes)
+static int sent(struct nbd_conn *conn, size_t bytes)
 {
+	int ret = conn->line ? nbd_line_sent(conn->line, bytes) : 0;
 	uint64_t now_ns = reactor_clock_ns();
 
 	conn->moved += bytes != 0;
@@ -97,8 +98,11 @@ static void sent(struct nbd_conn *conn, size_t bytes)
 		list_remove(&first->link);
 		if (first->kind < NBD_COUNTERS)
 			nbd_latency_count(conn->latency, first->kind, now_ns - first->received_ns);
+		if (first->held)
+			nbd_line_done(first);
 		release(first);
 	}
+	return ret;
 }
 
 static void forget_replies(struct nbd_conn *conn)
@@ -132,10 +136,10 @@ static suspends void sender(void *arg)
 		gather(conn, &all, SENDER_STEP_BYTES);
 		size_t bytes = all.bytes;
 		int ret = stream_send(&conn->stream, all.iov, all.count, NO_DEADLINE);
+		if (!ret)
+			ret = sent(conn, bytes);
 		if (ret)
 			nbd_conn_break(conn, ret);
-		else
-			sent(conn, bytes);
 	}
 	conn->sending = false;
 	if (conn->error)
@@ -150,11 +154,11 @@ void nbd_reply_send(struct nbd_conn *conn)
 
 		gather(conn, &all, SIZE_MAX);
 		ssize_t bytes = stream_send_some(&conn->stream, all.iov, all.count);
-		if (bytes < 0) {
-			nbd_conn_break(conn, (int)bytes);
+		int ret = bytes < 0 ? (int)bytes : sent(conn, (size_t)bytes);
+		if (ret) {
+			nbd_conn_break(conn, ret);
 			return;
 		}
-		sent(conn, (size_t)bytes);
 		if ((size_t)bytes < all.bytes) {
 			conn->sending = true;
 			co_start(sender, conn);
@@ -175,6 +179,22 @@ void nbd_reply_init(struct nbd_conn *conn)
 	task_init(&conn->send_ready, send_ready);
 }
 
+static void push_ready(struct nbd_request *request)
+{
+	struct nbd_conn *conn = request->conn;
+
+	list_push_back(&conn->ready, &request->link);
+	conn->ready_count++;
+	conn->ready_bytes += request->reply_bytes;
+}
+
+void nbd_reply_rest(struct nbd_request *request, size_t sent_bytes)
+{
+	push_ready(request);
+	request->conn->sent_bytes = sent_bytes;
+	request->conn->ready_bytes -= sent_bytes;
+}
+
 void nbd_reply(struct nbd_request *request)
 {
 	struct nbd_conn *conn = request->conn;
@@ -183,9 +203,9 @@ void nbd_reply(struct nbd_request *request)
 		release(request);
 		return;
 	}
-	list_push_back(&conn->ready, &request->link);
-	conn->ready_count++;
-	conn->ready_bytes += request->reply_bytes;
+	if (request->held)
+		nbd_line_answer(request);
+	push_ready(request);
 	if (conn->ready_count >= SEND_AT_REPLIES || conn->ready_bytes >= SEND_AT_BYTES)
 		nbd_reply_send(conn);
 	else if (!conn->batching)

@@ -115,7 +115,7 @@ struct nbd_refusal nbd_request_check(const struct nbd_conn *conn, const struct n
 		return refusal(NBD_EINVAL, "the command has neither offset nor length");
 	if (!command->has_range)
 		return wrong;
-	if (command->max_len && request->len > command->max_len)
+	if (command->max_len && request->len > MIN(command->max_len, conn->max_len))
 		return refusal(too_long(conn, request), "longer than 32 MiB");
 	if (request->type == NBD_CMD_BLOCK_STATUS && !request->len)
 		return refusal(NBD_EINVAL, "a block status needs a length");
@@ -173,13 +173,51 @@ struct nbd_refusal nbd_refusal_of(const struct nbd_request *request, int ret)
 	return refusal(error_of(request, ret), text ? text : "unknown error");
 }
 
-static suspends int run_write(struct nbd_request *request, unsigned flags)
+struct nbd_change nbd_change_of(const struct nbd_request *request)
 {
-	int ret = blk_write(
-		request->conn->export->blk, request->off, request->payload, request->len, flags);
+	return (struct nbd_change){
+		.type = request->type,
+		.flags = request->flags,
+		.off = request->off,
+		.len = request->len,
+		.payload = request->payload,
+	};
+}
+
+suspends int nbd_change(struct blk *blk, const struct nbd_change *change)
+{
+	unsigned flags = change->flags & NBD_CMD_FLAG_FUA ? BLK_FUA : 0;
+
+	switch (change->type) {
+	case NBD_CMD_WRITE:
+		return blk_write(blk, change->off, change->payload, change->len, flags);
+	case NBD_CMD_TRIM:
+		return blk_discard(blk, change->off, change->len, flags);
+	case NBD_CMD_WRITE_ZEROES:
+		flags |= change->flags & NBD_CMD_FLAG_NO_HOLE ? BLK_NO_HOLE : 0;
+		flags |= change->flags & NBD_CMD_FLAG_FAST_ZERO ? BLK_FAST_ZERO : 0;
+		return blk_zero(blk, change->off, change->len, flags);
+	default:
+		return -EINVAL;
+	}
+}
+
+static suspends int run_change(struct nbd_request *request)
+{
+	struct nbd_export *export = request->conn->export;
+	const struct nbd_change change = nbd_change_of(request);
+	int ret = export->journal ? nbd_journal_change(export->journal, request)
+				  : nbd_change(export->blk, &change);
 
 	nbd_payload_put(request);
 	return ret;
+}
+
+static suspends int run_flush(struct nbd_request *request)
+{
+	struct nbd_export *export = request->conn->export;
+
+	return export->journal ? nbd_journal_flush(export->journal) : blk_flush(export->blk);
 }
 
 /* Reads into nothing: whatever the layers keep of what they read is at hand then. */
@@ -202,24 +240,13 @@ static suspends int run_cache(struct nbd_request *request)
 /* What has no data in its reply. */
 static suspends int run_plain(struct nbd_request *request)
 {
-	unsigned flags = request->flags & NBD_CMD_FLAG_FUA ? BLK_FUA : 0;
-	struct blk *blk = request->conn->export->blk;
-
 	switch (request->type) {
-	case NBD_CMD_WRITE:
-		return run_write(request, flags);
 	case NBD_CMD_FLUSH:
-		return blk_flush(blk);
-	case NBD_CMD_TRIM:
-		return blk_discard(blk, request->off, request->len, flags);
+		return run_flush(request);
 	case NBD_CMD_CACHE:
 		return run_cache(request);
-	case NBD_CMD_WRITE_ZEROES:
-		flags |= request->flags & NBD_CMD_FLAG_NO_HOLE ? BLK_NO_HOLE : 0;
-		flags |= request->flags & NBD_CMD_FLAG_FAST_ZERO ? BLK_FAST_ZERO : 0;
-		return blk_zero(blk, request->off, request->len, flags);
 	default:
-		return -EINVAL;
+		return run_change(request);
 	}
 }
 

@@ -81,6 +81,7 @@ struct nbd_trace {
 /* --- who comes in ----------------------------------------------------------------------------- */
 
 struct nbd_export;
+struct nbd_journal;
 struct tls;
 struct tls_server;
 
@@ -123,8 +124,9 @@ struct nbd_export {
 	/* On the home reactor. */
 	struct list conns; /* of struct nbd_conn */
 	unsigned conn_count;
-	struct co_group serving; /* nbd_serve() calls */
-	bool closing;            /* nbd_serve() refuses with -ESHUTDOWN */
+	struct co_group serving;     /* nbd_serve() calls */
+	bool closing;                /* nbd_serve() refuses with -ESHUTDOWN */
+	struct nbd_journal *journal; /* of a kernel device: nbd_journal_replay(); NULL: none */
 	struct nbd_counters
 		counters; /* of connections that are gone; nbd_export_status() adds the others */
 	struct nbd_latency latency[NBD_ORIGINS]; /* of all connections */

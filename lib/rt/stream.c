@@ -102,6 +102,12 @@ void stream_cancel(struct stream *stream)
 	co_queue_wake_all(&stream->writer);
 }
 
+void stream_cancel_recv(struct stream *stream)
+{
+	stream->reading_cancelled = true;
+	co_queue_wake_all(&stream->reader);
+}
+
 /* --- receiving -------------------------------------------------------------------------------- */
 
 ssize_t stream_socket_recv(struct stream *stream, void *buf, size_t max_bytes)
@@ -137,7 +143,7 @@ suspends ssize_t stream_recv(
 		co_yield ();
 	}
 	for (;;) {
-		if (stream->cancelled)
+		if (stream->cancelled || stream->reading_cancelled)
 			return -ECANCELED;
 		ssize_t count = receive_some(stream, buf, max_bytes);
 		if (count != -EAGAIN)

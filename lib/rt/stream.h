@@ -25,7 +25,7 @@ struct stream {
 	int fd;          /* owned, non-blocking */
 	struct tls *tls; /* owned; NULL: plain */
 	struct watch watch;
-	bool readable, writable, hung_up, cancelled;
+	bool readable, writable, hung_up, cancelled, reading_cancelled;
 	bool filled; /* the last receive took all it was given room for */
 	struct co_queue reader, writer;
 };
@@ -59,6 +59,9 @@ ssize_t stream_send_some(struct stream *stream, const struct iovec *iov, int iov
 
 /* Makes everybody who waits, and every later call, return -ECANCELED. */
 void stream_cancel(struct stream *stream);
+
+/* The same for receiving alone; what could have been received is still in the socket. */
+void stream_cancel_recv(struct stream *stream);
 
 /* --- for tls.c: the socket itself ------------------------------------------------------------- */
 
