@@ -18,6 +18,8 @@
 #include <string.h>
 #include <sys/socket.h>
 
+#include <linux/vm_sockets.h>
+
 #include "base/util.h"
 
 #define V4_PREFIX_BITS 96 /* of ::ffff:0:0/96 */
@@ -117,28 +119,59 @@ static void *array_for(const struct conf *strings, size_t item_bytes)
 	return array;
 }
 
-int access_parse(struct access_rules *rules, const struct conf *networks, const struct conf *users,
-	const struct conf *groups, struct err *err)
+static int parse_networks(struct access_rules *rules, const struct conf *texts, struct err *err)
 {
-	*rules = (struct access_rules){
-		.networks = array_for(networks, sizeof(*rules->networks)),
-		.uids = array_for(users, sizeof(*rules->uids)),
-		.gids = array_for(groups, sizeof(*rules->gids)),
-	};
-	for (size_t i = 0; i < conf_strings_count(networks); i++) {
+	rules->networks = array_for(texts, sizeof(*rules->networks));
+	for (size_t i = 0; i < conf_strings_count(texts); i++) {
 		const char *fault = parse_network(
-			conf_strings_get(networks, i), &rules->networks[rules->network_count++]);
+			conf_strings_get(texts, i), &rules->networks[rules->network_count++]);
 		if (fault)
-			return item_error(networks, i, "", fault, err);
+			return item_error(texts, i, "", fault, err);
 	}
-	for (size_t i = 0; i < conf_strings_count(users); i++)
-		if (!access_find_user(conf_strings_get(users, i), &rules->uids[rules->uid_count++]))
-			return item_error(users, i, "user", "is not known on this system", err);
-	for (size_t i = 0; i < conf_strings_count(groups); i++)
-		if (!access_find_group(
-			    conf_strings_get(groups, i), &rules->gids[rules->gid_count++]))
-			return item_error(groups, i, "group", "is not known on this system", err);
 	return 0;
+}
+
+static int parse_users(struct access_rules *rules, const struct conf *texts, struct err *err)
+{
+	rules->uids = array_for(texts, sizeof(*rules->uids));
+	for (size_t i = 0; i < conf_strings_count(texts); i++)
+		if (!access_find_user(conf_strings_get(texts, i), &rules->uids[rules->uid_count++]))
+			return item_error(texts, i, "user", "is not known on this system", err);
+	return 0;
+}
+
+static int parse_groups(struct access_rules *rules, const struct conf *texts, struct err *err)
+{
+	rules->gids = array_for(texts, sizeof(*rules->gids));
+	for (size_t i = 0; i < conf_strings_count(texts); i++)
+		if (!access_find_group(
+			    conf_strings_get(texts, i), &rules->gids[rules->gid_count++]))
+			return item_error(texts, i, "group", "is not known on this system", err);
+	return 0;
+}
+
+static int parse_cids(struct access_rules *rules, const struct conf *texts, struct err *err)
+{
+	rules->cids = array_for(texts, sizeof(*rules->cids));
+	for (size_t i = 0; i < conf_strings_count(texts); i++)
+		if (!parse_id(conf_strings_get(texts, i), &rules->cids[rules->cid_count++]))
+			return item_error(
+				texts, i, "", "is no number of a virtual machine (CID)", err);
+	return 0;
+}
+
+int access_parse(struct access_rules *rules, const struct access_lists *lists, struct err *err)
+{
+	*rules = (struct access_rules){};
+	int ret = parse_networks(rules, lists->networks, err);
+
+	if (!ret)
+		ret = parse_users(rules, lists->users, err);
+	if (!ret)
+		ret = parse_groups(rules, lists->groups, err);
+	if (!ret)
+		ret = parse_cids(rules, lists->cids, err);
+	return ret;
 }
 
 void access_fini(struct access_rules *rules)
@@ -146,6 +179,7 @@ void access_fini(struct access_rules *rules)
 	free(rules->networks);
 	free(rules->uids);
 	free(rules->gids);
+	free(rules->cids);
 	*rules = (struct access_rules){};
 }
 
@@ -178,6 +212,8 @@ void access_peer_init(struct access_peer *peer, int fd)
 	peer->family = address.ss_family;
 	if (peer->family == AF_UNIX) {
 		peer_of_unix(peer, fd);
+	} else if (peer->family == AF_VSOCK) {
+		peer->cid = ((struct sockaddr_vm *)&address)->svm_cid;
 	} else if (peer->family == AF_INET6) {
 		peer->address = ((struct sockaddr_in6 *)&address)->sin6_addr;
 	} else if (peer->family == AF_INET) {
@@ -216,14 +252,51 @@ static bool is_user(const struct access_rules *rules, const struct access_peer *
 	return false;
 }
 
-bool access_allows(const struct access_rules *rules, const struct access_peer *peer)
+static bool is_in_network(const struct access_rules *rules, const struct access_peer *peer)
 {
-	if (!rules->network_count && !rules->uid_count && !rules->gid_count)
-		return true;
-	if (peer->family == AF_UNIX)
-		return is_user(rules, peer);
-	for (size_t i = 0; i < rules->network_count && peer->family == AF_INET6; i++)
+	for (size_t i = 0; i < rules->network_count; i++)
 		if (in_network(&peer->address, &rules->networks[i]))
 			return true;
 	return false;
+}
+
+static bool is_machine(const struct access_rules *rules, const struct access_peer *peer)
+{
+	for (size_t i = 0; i < rules->cid_count; i++)
+		if (rules->cids[i] == peer->cid)
+			return true;
+	return false;
+}
+
+bool access_allows(const struct access_rules *rules, const struct access_peer *peer)
+{
+	if (!rules->network_count && !rules->uid_count && !rules->gid_count && !rules->cid_count)
+		return true;
+	switch (peer->family) {
+	case AF_UNIX:
+		return is_user(rules, peer);
+	case AF_INET6:
+		return is_in_network(rules, peer);
+	case AF_VSOCK:
+		return is_machine(rules, peer);
+	default:
+		return false;
+	}
+}
+
+bool access_same_place(const struct access_peer *a, const struct access_peer *b)
+{
+	if (a->family != b->family)
+		return false;
+	switch (a->family) {
+	case AF_UNIX:
+		return a->uid == b->uid;
+	case AF_INET6:
+		return !memcmp(&a->address, &b->address,
+			IN6_IS_ADDR_V4MAPPED(&a->address) ? sizeof(a->address) : 8);
+	case AF_VSOCK:
+		return a->cid == b->cid;
+	default:
+		return false;
+	}
 }

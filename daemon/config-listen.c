@@ -24,14 +24,14 @@ struct listen_settings {
 	struct config_listen listen;
 	const char *mode, *user, *group;
 	int tls;
-	const struct conf *allow, *allow_users, *allow_groups;
+	struct access_lists allow;
 };
 
 #define FIELD(name) offsetof(struct listen_settings, name)
 
-static const struct opt listen_options[] = { { "address", OPT_STRING, FIELD(listen.address),
-						     .required = true,
-						     .help = "\"unix:PATH\", \"tcp:HOST:PORT\"" },
+static const struct opt listen_options[] = {
+	{ "address", OPT_STRING, FIELD(listen.address), .required = true,
+		.help = "\"unix:PATH\", \"tcp:HOST:PORT\", \"vsock:PORT\"" },
 	{ "mode", OPT_STRING, FIELD(mode),
 		.help = "of a unix socket's file, octal (default listen-mode)" },
 	{ "user", OPT_STRING, FIELD(user), .help = "who owns that file" },
@@ -53,14 +53,17 @@ static const struct opt listen_options[] = { { "address", OPT_STRING, FIELD(list
 		.help = "names of the exports that are there; without it all" },
 	{ "read-only", OPT_BOOL, FIELD(listen.read_only), "false",
 		.help = "refuse writes to all exports" },
-	{ "allow", OPT_STRINGS, FIELD(allow),
+	{ "allow", OPT_STRINGS, FIELD(allow.networks),
 		.help = "networks of TCP clients: \"10.0.0.0/8\", \"2001:db8::/32\", "
 			"\"192.0.2.7\"" },
-	{ "allow-users", OPT_STRINGS, FIELD(allow_users),
+	{ "allow-users", OPT_STRINGS, FIELD(allow.users),
 		.help = "users who may connect to a unix socket" },
-	{ "allow-groups", OPT_STRINGS, FIELD(allow_groups),
+	{ "allow-groups", OPT_STRINGS, FIELD(allow.groups),
 		.help = "groups whose members may connect to a unix socket" },
-	{} };
+	{ "allow-cids", OPT_STRINGS, FIELD(allow.cids),
+		.help = "numbers of the virtual machines that may connect by vsock" },
+	{}
+};
 
 const struct opt *const config_listen_options = listen_options;
 
@@ -75,17 +78,26 @@ static const struct conf *first_of(const struct conf *group, const char *const *
 	return NULL;
 }
 
+/* Keys that only one kind of listener has. */
+static const struct kind_keys {
+	enum listen_kind kind;
+	const char *name;
+	const char *keys[6];
+} kind_keys[] = {
+	{ LISTEN_UNIX, "unix sockets", { "mode", "user", "group", "allow-users", "allow-groups" } },
+	{ LISTEN_TCP, "TCP", { "allow" } },
+	{ LISTEN_VSOCK, "vsock", { "allow-cids" } },
+};
+
 static int check_kind(const struct config_listen *listen, struct err *err)
 {
-	static const char *const unix_keys[] = { "mode", "user", "group", "allow-users",
-		"allow-groups", NULL };
-	static const char *const tcp_keys[] = { "allow", NULL };
-	bool is_unix = listener_kind(listen->address) == LISTEN_UNIX;
-	const struct conf *wrong = first_of(listen->conf, is_unix ? tcp_keys : unix_keys);
+	for (size_t i = 0; i < ARRAY_LEN(kind_keys); i++) {
+		const struct conf *wrong = first_of(listen->conf, kind_keys[i].keys);
 
-	if (wrong)
-		return conf_error(wrong, err, "\"%s\" is for %s; this is \"%s\"", wrong->name,
-			is_unix ? "TCP" : "unix sockets", listen->address);
+		if (wrong && listener_kind(listen->address) != kind_keys[i].kind)
+			return conf_error(wrong, err, "\"%s\" is for %s; this is \"%s\"",
+				wrong->name, kind_keys[i].name, listen->address);
+	}
 	return 0;
 }
 
@@ -183,8 +195,7 @@ static int take_group(struct config_listen *listen, struct err *err)
 	if (!ret)
 		ret = check_tls(listen, err);
 	if (!ret)
-		ret = access_parse(&listen->access, settings.allow, settings.allow_users,
-			settings.allow_groups, err);
+		ret = access_parse(&listen->access, &settings.allow, err);
 	return ret;
 }
 

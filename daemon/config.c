@@ -64,6 +64,9 @@ static const struct opt settings_options[] = {
 		.help = "group of unix NBD sockets' files, unless they say another" },
 	{ "max-connections", OPT_INT, offsetof(struct settings, max_connections), "256", .min = 1,
 		.max = 65536, .help = "NBD clients at once, of all exports together" },
+	{ "max-connections-per-peer", OPT_INT, offsetof(struct settings, limits.peer_connections),
+		"128", .min = 0, .max = 65536,
+		.help = "of these, from one address, user or virtual machine; 0: no limit" },
 	{ "handshake-timeout", OPT_INT, offsetof(struct settings, handshake_timeout_s), "10",
 		.min = 1, .max = 3600, .help = "seconds an NBD client has to choose an export" },
 	{ "handshake-options", OPT_INT, offsetof(struct settings, limits.handshake_options), "64",
@@ -99,7 +102,7 @@ static const struct opt settings_options[] = {
 /* An export with what needs more than a table. */
 struct export_settings {
 	struct config_export export;
-	const struct conf *allow, *allow_users, *allow_groups;
+	struct access_lists allow;
 };
 
 static const struct opt export_options[] = {
@@ -119,12 +122,14 @@ static const struct opt export_options[] = {
 		.help = "refuse writes, whatever the layers allow" },
 	{ "tls-required", OPT_BOOL, offsetof(struct config_export, tls_required), "false",
 		.help = "for NBD clients with TLS only, on every listener" },
-	{ "allow", OPT_STRINGS, offsetof(struct export_settings, allow),
+	{ "allow", OPT_STRINGS, offsetof(struct export_settings, allow.networks),
 		.help = "networks of the TCP clients it is there for" },
-	{ "allow-users", OPT_STRINGS, offsetof(struct export_settings, allow_users),
+	{ "allow-users", OPT_STRINGS, offsetof(struct export_settings, allow.users),
 		.help = "users on unix sockets it is there for" },
-	{ "allow-groups", OPT_STRINGS, offsetof(struct export_settings, allow_groups),
+	{ "allow-groups", OPT_STRINGS, offsetof(struct export_settings, allow.groups),
 		.help = "groups on unix sockets it is there for" },
+	{ "allow-cids", OPT_STRINGS, offsetof(struct export_settings, allow.cids),
+		.help = "virtual machines on vsock it is there for" },
 	{ "max-connections", OPT_INT, offsetof(struct config_export, max_connections), "64",
 		.min = 1, .max = 65536, .help = "NBD clients of this export at once" },
 	{ "stack", OPT_LIST, offsetof(struct config_export, stack), .required = true,
@@ -454,8 +459,7 @@ static int take_export(struct config *config, struct conf *conf, struct err *err
 	export->conf = conf;
 	config->exports[config->export_count++] = export;
 	if (!ret)
-		ret = access_parse(&export->access, settings.allow, settings.allow_users,
-			settings.allow_groups, err);
+		ret = access_parse(&export->access, &settings.allow, err);
 	if (!ret)
 		ret = check_name(export, err);
 	if (!ret)

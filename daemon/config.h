@@ -58,7 +58,8 @@ void config_export_put(struct config_export *export);                  /* NULL i
 
 /* What clients of the NBD door may use; see struct nbd_limits. */
 struct config_limits {
-	int64_t idle_timeout_s; /* 0: none */
+	int64_t peer_connections; /* see access_same_place(); 0: any number */
+	int64_t idle_timeout_s;   /* 0: none */
 	int64_t handshake_options;
 	int64_t requests, export_requests;
 	uint64_t buffer_bytes, export_buffer_bytes;

@@ -1,9 +1,10 @@
 /*
- * The methods of the control socket about NBD clients: Clients, Disconnect; see control.h.
+ * The methods of the control socket about NBD clients: Clients, Disconnect, Debug; see control.h.
  *
  * A client is known by the number it got when it came in, which no other client of this daemon gets. The
  * kernel comes in by the same protocol but is no client: its device is detached, not disconnected.
  */
+#include <errno.h>
 #include <stdlib.h>
 
 #include "base/cleanup.h"
@@ -68,6 +69,12 @@ suspends void control_clients(struct varlink_call *call)
 	varlink_reply(call, json_pack("{s:o}", "clients", clients));
 }
 
+suspends static void no_such_client(struct varlink_call *call, int64_t id)
+{
+	varlink_error(
+		call, CONTROL_INTERFACE ".NoSuchClient", json_pack("{s:I}", "id", (json_int_t)id));
+}
+
 suspends void control_disconnect(struct varlink_call *call)
 {
 	const struct ucred *peer = varlink_call_peer(call);
@@ -75,11 +82,28 @@ suspends void control_disconnect(struct varlink_call *call)
 	struct nbd_server *server = nbd_door_server(control_daemon(call)->nbd_door);
 
 	if (id <= 0 || nbd_disconnect(server, (uint64_t)id)) {
-		varlink_error(call, CONTROL_INTERFACE ".NoSuchClient",
-			json_pack("{s:I}", "id", (json_int_t)id));
+		no_such_client(call, id);
 		return;
 	}
 	log_info("client %lld disconnected, asked for by uid %u, pid %d", (long long)id, peer->uid,
 		peer->pid);
 	varlink_reply(call, NULL);
+}
+
+suspends void control_debug(struct varlink_call *call)
+{
+	const struct ucred *peer = varlink_call_peer(call);
+	int64_t id = varlink_int(call, "id", -1);
+	bool on = varlink_bool(call, "on", false);
+	int count = id ? nbd_door_debug(
+				 control_daemon(call)->nbd_door, id < 0 ? 0 : (uint64_t)id, on)
+		       : -ENOENT;
+
+	if (count < 0) {
+		no_such_client(call, id);
+		return;
+	}
+	log_info("log of the protocol %s for %d client%s, asked for by uid %u, pid %d",
+		on ? "on" : "off", count, count == 1 ? "" : "s", peer->uid, peer->pid);
+	varlink_reply(call, json_pack("{s:i}", "clients", count));
 }

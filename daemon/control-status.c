@@ -18,6 +18,7 @@
 #include "daemon/daemon.h"
 #include "daemon/export.h"
 #include "daemon/kernel.h"
+#include "daemon/nbd_door.h"
 #include "nbd/server.h"
 
 /* --- the daemon ------------------------------------------------------------------------------- */
@@ -141,5 +142,6 @@ suspends void control_status(struct varlink_call *call)
 	} else {
 		statuses = all_statuses(control_daemon(call));
 	}
-	varlink_reply(call, json_pack("{s:o}", "exports", statuses));
+	varlink_reply(call, json_pack("{s:o, s:o}", "exports", statuses, "door",
+				    nbd_door_status(control_daemon(call)->nbd_door)));
 }

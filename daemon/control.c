@@ -213,6 +213,14 @@ static const struct varlink_method methods[] = {
 				{},
 			},
 		.fn = control_disconnect },
+	{ "Debug", .needs_authority = true,
+		.params =
+			(const struct varlink_param[]){
+				{ "on", VARLINK_BOOL },
+				{ "id", VARLINK_SIZE, .optional = true },
+				{},
+			},
+		.fn = control_debug },
 	{ "Resize", .needs_authority = true,
 		.params =
 			(const struct varlink_param[]){

@@ -46,6 +46,7 @@ suspends void control_status(struct varlink_call *call);
 /* NBD clients; in control-clients.c. */
 suspends void control_clients(struct varlink_call *call);
 suspends void control_disconnect(struct varlink_call *call);
+suspends void control_debug(struct varlink_call *call);
 
 /* Methods about mirrors; in control-mirror.c. */
 suspends void control_mirror_start(struct varlink_call *call);

@@ -28,6 +28,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <linux/vm_sockets.h>
 #include <systemd/sd-daemon.h>
 
 #include "base/cleanup.h"
@@ -40,10 +41,11 @@
 #define HOST_MAX_BYTES   256 /* RFC 1035: a name has at most 255 */
 #define PORT_MAX_BYTES   32
 
-/* A parsed address: a path, or a host and a port. */
+/* A parsed address: a path, or a host and a port, or the like of a virtual machine. */
 struct address {
-	bool is_unix;
+	enum listen_kind kind;
 	struct sockaddr_un un;
+	struct sockaddr_vm vm;
 	char host[HOST_MAX_BYTES], port[PORT_MAX_BYTES];
 };
 
@@ -51,7 +53,7 @@ struct address {
 
 static int parse_unix(const char *path, struct address *address, struct err *err)
 {
-	address->is_unix = true;
+	address->kind = LISTEN_UNIX;
 	address->un.sun_family = AF_UNIX;
 	if (path[0] != '/')
 		return err_set(err, EINVAL, "\"%s\": a socket's path starts with /", path);
@@ -62,8 +64,39 @@ static int parse_unix(const char *path, struct address *address, struct err *err
 	return 0;
 }
 
+/* A whole number up to max_value. */
+static bool parse_number(const char *text, unsigned long max_value, unsigned *number)
+{
+	if (!*text || strlen(text) > 10 || text[strspn(text, "0123456789")])
+		return false;
+	unsigned long value = strtoul(text, NULL, 10);
+	*number = (unsigned)value;
+	return value <= max_value;
+}
+
+/* vsock(7). Port 0 is any free one, as it is for TCP. */
+static int parse_vsock(const char *text, struct address *address, struct err *err)
+{
+	const char *colon = strchr(text, ':');
+	char cid[PORT_MAX_BYTES] = "*";
+
+	address->kind = LISTEN_VSOCK;
+	address->vm = (struct sockaddr_vm){ .svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_ANY };
+	if (colon)
+		snprintf(
+			cid, sizeof(cid), "%.*s", (int)MIN(colon - text, PORT_MAX_BYTES - 1), text);
+	if ((strcmp(cid, "*") && !parse_number(cid, UINT32_MAX - 1UL, &address->vm.svm_cid)) ||
+		!parse_number(colon ? colon + 1 : text, UINT32_MAX - 1UL, &address->vm.svm_port))
+		return err_set(err, EINVAL,
+			"\"vsock:%s\": expected vsock:PORT or vsock:CID:PORT, both numbers", text);
+	if (!address->vm.svm_port)
+		address->vm.svm_port = VMADDR_PORT_ANY;
+	return 0;
+}
+
 static int parse_tcp(const char *text, struct address *address, struct err *err)
 {
+	address->kind = LISTEN_TCP;
 	const char *colon = strrchr(text, ':');
 	if (!colon || !colon[1] || colon == text)
 		return err_set(err, EINVAL, "\"tcp:%s\": expected tcp:HOST:PORT", text);
@@ -95,10 +128,12 @@ static int address_parse(const char *text, struct address *address, struct err *
 		return parse_unix(text + 5, address, err);
 	if (!strncmp(text, "tcp:", 4))
 		return parse_tcp(text + 4, address, err);
+	if (!strncmp(text, "vsock:", 6))
+		return parse_vsock(text + 6, address, err);
 	if (text[0] == '/')
 		return parse_unix(text, address, err);
-	return err_set(
-		err, EINVAL, "\"%s\" is no address: expected unix:PATH or tcp:HOST:PORT", text);
+	return err_set(err, EINVAL,
+		"\"%s\" is no address: expected unix:PATH, tcp:HOST:PORT or vsock:PORT", text);
 }
 
 int listener_check(const char *address, struct err *err)
@@ -108,8 +143,19 @@ int listener_check(const char *address, struct err *err)
 	return address_parse(address, &parsed, err);
 }
 
+static bool same_vsock(const struct sockaddr_vm *a, const struct sockaddr_vm *b)
+{
+	return a->svm_cid == b->svm_cid && a->svm_port == b->svm_port;
+}
+
 bool listener_same_address(const char *a, const char *b)
 {
+	struct address parsed_a, parsed_b;
+	struct err err;
+
+	if (!address_parse(a, &parsed_a, &err) && parsed_a.kind == LISTEN_VSOCK &&
+		!address_parse(b, &parsed_b, &err) && parsed_b.kind == LISTEN_VSOCK)
+		return same_vsock(&parsed_a.vm, &parsed_b.vm);
 	a += strncmp(a, "unix:", 5) ? 0 : 5;
 	b += strncmp(b, "unix:", 5) ? 0 : 5;
 	return !strcmp(a, b);
@@ -120,7 +166,7 @@ enum listen_kind listener_kind(const char *address)
 	struct address parsed;
 	struct err err;
 
-	return !address_parse(address, &parsed, &err) && parsed.is_unix ? LISTEN_UNIX : LISTEN_TCP;
+	return address_parse(address, &parsed, &err) ? LISTEN_TCP : parsed.kind;
 }
 
 bool listener_is_loopback(const char *address)
@@ -130,8 +176,10 @@ bool listener_is_loopback(const char *address)
 	struct in_addr v4;
 	struct in6_addr v6;
 
-	if (address_parse(address, &parsed, &err) || parsed.is_unix)
+	if (address_parse(address, &parsed, &err) || parsed.kind == LISTEN_UNIX)
 		return false;
+	if (parsed.kind == LISTEN_VSOCK)
+		return parsed.vm.svm_cid == VMADDR_CID_LOCAL;
 	if (inet_pton(AF_INET, parsed.host, &v4) == 1)
 		return ntohl(v4.s_addr) >> 24 == IN_LOOPBACKNET;
 	if (inet_pton(AF_INET6, parsed.host, &v6) == 1)
@@ -163,6 +211,15 @@ static int passed_socket(const struct sockaddr *wanted)
 		if (wanted->sa_family == AF_UNIX) {
 			const struct sockaddr_un *un = (const void *)wanted;
 			if (sd_is_socket_unix(fd, SOCK_STREAM, 1, un->sun_path, 0) > 0)
+				return fd;
+			continue;
+		}
+		if (wanted->sa_family == AF_VSOCK) {
+			struct sockaddr_vm vm = {};
+			socklen_t vm_len = sizeof(vm);
+			if (sd_is_socket(fd, AF_VSOCK, SOCK_STREAM, 1) > 0 &&
+				!getsockname(fd, (struct sockaddr *)&vm, &vm_len) &&
+				same_vsock(&vm, (const void *)wanted))
 				return fd;
 			continue;
 		}
@@ -335,6 +392,52 @@ static int open_tcp(struct listener *listener, const struct address *address, st
 	return 0;
 }
 
+/* --- vsock ------------------------------------------------------------------------------------ */
+
+static void describe_vsock(struct listener *listener, const struct sockaddr_vm *vm)
+{
+	char cid[PORT_MAX_BYTES] = "*", port[PORT_MAX_BYTES] = "0";
+
+	if (vm->svm_cid != VMADDR_CID_ANY)
+		snprintf(cid, sizeof(cid), "%u", vm->svm_cid);
+	if (vm->svm_port != VMADDR_PORT_ANY)
+		snprintf(port, sizeof(port), "%u", vm->svm_port);
+	snprintf(listener->text, sizeof(listener->text), "vsock:%s:%s", cid, port);
+}
+
+static int open_vsock(struct listener *listener, const struct sockaddr_vm *vm, struct err *err)
+{
+	const struct sockaddr *addr = (const struct sockaddr *)vm;
+	struct sockaddr_vm bound = *vm;
+	socklen_t bound_len = sizeof(bound);
+
+	describe_vsock(listener, vm);
+	listener->fd = passed_socket(addr);
+	if (listener->fd < 0) {
+		CLEANUP(fd) int fd = socket(AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC, 0);
+		if (fd < 0 || bind(fd, addr, sizeof(*vm)) || listen(fd, BACKLOG))
+			return err_sys(err, errno, "cannot listen on \"%s\"%s", listener->text,
+				fd < 0 ? " (has this kernel the module vsock?)" : "");
+		listener->fd = take_fd(&fd);
+	}
+	getsockname(listener->fd, (struct sockaddr *)&bound, &bound_len);
+	describe_vsock(listener, &bound);
+	return 0;
+}
+
+static int open_by_kind(struct listener *listener, const struct address *address,
+	const struct listen_access *access, struct err *err)
+{
+	switch (address->kind) {
+	case LISTEN_UNIX:
+		return open_unix(listener, &address->un, access, err);
+	case LISTEN_VSOCK:
+		return open_vsock(listener, &address->vm, err);
+	default:
+		return open_tcp(listener, address, err);
+	}
+}
+
 /* --- the life of a listener ------------------------------------------------------------------- */
 
 int listener_open(struct listener *listener, const char *address,
@@ -346,8 +449,7 @@ int listener_open(struct listener *listener, const char *address,
 	int ret = address_parse(address, &parsed, err);
 	if (ret)
 		return ret;
-	ret = parsed.is_unix ? open_unix(listener, &parsed.un, access, err)
-			     : open_tcp(listener, &parsed, err);
+	ret = open_by_kind(listener, &parsed, access, err);
 	if (!ret && fcntl(listener->fd, F_SETFL, O_NONBLOCK))
 		ret = err_sys(err, errno, "cannot listen on \"%s\"", address);
 	if (ret)

@@ -3,6 +3,7 @@
  *
  *	/run/blkstack/control, unix:/run/blkstack/nbd	a unix socket
  *	tcp:127.0.0.1:10809, tcp:[::1]:10809, tcp:*:10809	TCP; * is every address, IPv6 and IPv4
+ *	vsock:10809, vsock:2:10809	for virtual machines on this host; the CID is ours, * or none is any
  *
  * A socket that the service manager passed for the same address is taken over. Otherwise a unix
  * socket's file that a dead process left behind is replaced; one that somebody listens on is not. The
@@ -40,19 +41,19 @@ struct listener {
 /* Checks the form of an address and touches nothing. */
 int listener_check(const char *address, struct err *err);
 
-/* Whether two addresses whose forms are right are written differently only ("unix:/x" and "/x"). */
+/* Whether two addresses whose forms are right are written differently only ("unix:/x" and "/x", "vsock:1" and "vsock:*:1"). */
 bool listener_same_address(const char *a, const char *b);
 
-enum listen_kind { LISTEN_UNIX, LISTEN_TCP };
+enum listen_kind { LISTEN_UNIX, LISTEN_TCP, LISTEN_VSOCK };
 
 /* Of an address whose form is right. */
 enum listen_kind listener_kind(const char *address);
-/* By its looks: names are not resolved, but for "localhost". */
+/* Only this machine can reach it. By its looks: names are not resolved, but for "localhost". */
 bool listener_is_loopback(const char *address);
 
 /*
  * Binds and listens; accepts nothing yet. Plain code, may block on name look-ups: before the reactor
- * runs, or offloaded. access may be NULL for TCP. On an error nothing was created and fd is -1.
+ * runs, or offloaded. access may be NULL but for unix sockets. On an error nothing was created and fd is -1.
  */
 int listener_open(struct listener *listener, const char *address,
 	const struct listen_access *access, struct err *err);

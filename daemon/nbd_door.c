@@ -1,9 +1,10 @@
 /*
  * Accepts NBD clients and sends each on its way: nbd_client() in a coroutine of its own.
  *
- * All clients together are bounded; who comes beyond, or may not come at all, is closed at once, before a
- * byte is exchanged. What a client may choose from is asked for by the handshake (may_enter()): the exports
- * that its listener serves and that are there for somebody like it, by the config of that moment.
+ * All clients together are bounded, and those of one place; who comes beyond, or may not come at all, is closed
+ * at once, before a byte is exchanged. The log tells of it, but of no more than TROUBLES_PER_MINUTE. What a client
+ * may choose from is asked for by the handshake (may_enter()): the exports that its listener serves and that are
+ * there for somebody like it, by the config of that moment.
  *
  * A reload opens new sockets and reads certificates while the old ones serve, and changes over only when nothing
  * can fail any more. A listener whose address stays keeps its socket; who is inside stays, whatever changed.
@@ -20,6 +21,8 @@
 #include <string.h>
 #include <sys/socket.h>
 #include <unistd.h>
+
+#include <linux/vm_sockets.h>
 
 #include "base/cleanup.h"
 #include "base/log.h"
@@ -48,23 +51,78 @@ struct entrance {
 	unsigned client_count; /* who came in here; the entrance outlives them */
 };
 
+/* What strangers can make us write into the log is bounded. */
+#define TROUBLES_PER_MINUTE 10
+
+struct troubles {
+	uint64_t minute_end_ns;
+	unsigned told, untold; /* in this minute */
+};
+
 struct nbd_door {
 	struct nbd_server server;
 	struct entrance **entrances;
 	size_t entrance_count;
 	struct co_group clients;
+	struct list inside; /* of struct client */
+	struct config_limits limits;
 	unsigned client_max;
 	uint64_t accepted, refused; /* accepted: also the id of the last client */
-	bool told_full;             /* one warning per time of being full */
+	uint64_t tls_failures;
+	bool told_full; /* one warning per time of being full */
+	bool debug;     /* the protocol of clients to come is logged */
+	struct troubles troubles;
 };
 
 struct client {
+	struct list link; /* in door->inside */
 	struct entrance *entrance;
 	int fd;
 	char text[PEER_TEXT_LEN];
 	struct access_peer peer;
 	struct nbd_visitor visitor;
+	struct nbd_trace trace;
 };
+
+/* --- the log ---------------------------------------------------------------------------------- */
+
+/* Whether one more trouble may be told in this minute. */
+static bool may_tell(struct nbd_door *door)
+{
+	struct troubles *troubles = &door->troubles;
+	uint64_t now_ns = reactor_now_ns();
+
+	if (now_ns >= troubles->minute_end_ns) {
+		if (troubles->untold)
+			log_warning("nbd: %u more clients were refused", troubles->untold);
+		*troubles = (struct troubles){ .minute_end_ns = now_ns + 60 * NS_PER_SEC };
+	}
+	if (troubles->told < TROUBLES_PER_MINUTE) {
+		troubles->told++;
+		return true;
+	}
+	troubles->untold++;
+	return false;
+}
+
+static void tls_failed(const struct nbd_visitor *visitor, const char *reason)
+{
+	const struct client *client = container_of(visitor, struct client, visitor);
+	struct nbd_door *door = client->entrance->door;
+
+	door->tls_failures++;
+	if (may_tell(door))
+		log_warning(
+			"%s: client %s: %s", client->entrance->listener.text, client->text, reason);
+}
+
+/* Told to whoever asked for it; any reactor. */
+static void log_protocol(const struct nbd_trace *trace, const char *text)
+{
+	const struct client *client = container_of(trace, struct client, trace);
+
+	log_info("client %llu, %s: %s", (unsigned long long)client->visitor.id, client->text, text);
+}
 
 /* --- one client ------------------------------------------------------------------------------- */
 
@@ -92,6 +150,11 @@ static void describe_peer(int fd, char *text)
 	}
 	if (peer.ss_family == AF_UNIX) {
 		describe_unix(fd, text);
+		return;
+	}
+	if (peer.ss_family == AF_VSOCK) {
+		const struct sockaddr_vm *vm = (const void *)&peer;
+		snprintf(text, PEER_TEXT_LEN, "vsock:%u:%u", vm->svm_cid, vm->svm_port);
 		return;
 	}
 	getnameinfo((struct sockaddr *)&peer, peer_len, host, sizeof(host), port, sizeof(port),
@@ -139,6 +202,7 @@ static void client_free(struct client *client)
 {
 	struct entrance *entrance = client->entrance;
 
+	list_remove(&client->link);
 	tls_server_free(client->visitor.tls_server);
 	access_peer_fini(&client->peer);
 	free(client);
@@ -166,6 +230,7 @@ static struct client *client_create(struct entrance *entrance, int fd)
 
 	if (!client)
 		return NULL;
+	list_init(&client->link);
 	client->entrance = entrance;
 	entrance->client_count++;
 	client->fd = fd;
@@ -176,8 +241,12 @@ static struct client *client_create(struct entrance *entrance, int fd)
 		.tls = entrance->config->tls,
 		.tls_server = entrance->tls ? tls_server_get(entrance->tls) : NULL,
 		.read_only = entrance->config->read_only,
+		.trace = &client->trace,
+		.tls_failed = tls_failed,
 		.may_enter = may_enter,
 	};
+	client->trace.line = log_protocol;
+	atomic_init(&client->trace.on, entrance->door->debug);
 	return client;
 }
 
@@ -194,14 +263,42 @@ static bool has_room(struct nbd_door *door, const struct listener *listener)
 	return false;
 }
 
+/* Whether there is room for one more from where the client comes from. */
+static bool has_room_for_peer(struct nbd_door *door, const struct client *client)
+{
+	int64_t count = 0;
+
+	if (!door->limits.peer_connections)
+		return true;
+	list_for_each (link, &door->inside)
+		count += access_same_place(
+			&list_entry(link, struct client, link)->peer, &client->peer);
+	if (count < door->limits.peer_connections)
+		return true;
+	if (may_tell(door))
+		log_warning("%s: refusing client %s: %lld are connected from there, as many as "
+			    "max-connections-per-peer allows",
+			client->entrance->listener.text, client->text, (long long)count);
+	return false;
+}
+
+static bool may_come_in(struct nbd_door *door, const struct client *client)
+{
+	if (access_allows(&client->entrance->config->access, &client->peer))
+		return has_room_for_peer(door, client);
+	if (may_tell(door))
+		log_warning("%s: refusing client %s: it matches no rule of allow...",
+			client->entrance->listener.text, client->text);
+	return false;
+}
+
 static void client_accepted(struct listener *listener, int fd)
 {
 	struct entrance *entrance = container_of(listener, struct entrance, listener);
 	struct nbd_door *door = entrance->door;
 	struct client *client = has_room(door, listener) ? client_create(entrance, fd) : NULL;
 
-	if (client && !access_allows(&entrance->config->access, &client->peer)) {
-		log_debug("nbd: %s may not connect to %s", client->text, listener->text);
+	if (client && !may_come_in(door, client)) {
 		client_free(client);
 		client = NULL;
 	}
@@ -212,6 +309,7 @@ static void client_accepted(struct listener *listener, int fd)
 	}
 	prepare_tcp(fd);
 	client->visitor.id = ++door->accepted;
+	list_push_back(&door->inside, &client->link);
 	co_group_enter(&door->clients);
 	co_start(client_run, client);
 }
@@ -320,6 +418,7 @@ static void set_limits(struct nbd_door *door, const struct config *config)
 	limits.export_requests = (unsigned)config->limits.export_requests;
 	limits.export_buffer_bytes = config->limits.export_buffer_bytes;
 	nbd_server_set_limits(&door->server, &limits);
+	door->limits = config->limits;
 	door->client_max = (unsigned)config->max_connections;
 }
 
@@ -334,6 +433,7 @@ int nbd_door_open(struct nbd_door **opened, const struct config *config, struct 
 	nbd_server_init(&door->server, &nbd_limits_default);
 	set_limits(door, config);
 	co_group_init(&door->clients);
+	list_init(&door->inside);
 	int ret = open_entrances(&change, err);
 	door->entrances = change.entrances;
 	door->entrance_count = change.entrance_count;
@@ -493,13 +593,64 @@ struct nbd_server *nbd_door_server(struct nbd_door *door)
 	return &door->server;
 }
 
+int nbd_door_debug(struct nbd_door *door, uint64_t id, bool on)
+{
+	int count = 0;
+
+	if (!id)
+		door->debug = on;
+	list_for_each (link, &door->inside) {
+		struct client *client = list_entry(link, struct client, link);
+
+		if (id && client->visitor.id != id)
+			continue;
+		atomic_store(&client->trace.on, on);
+		count++;
+	}
+	return id && !count ? -ENOENT : count;
+}
+
+/* --- status ----------------------------------------------------------------------------------- */
+
+static json_t *listeners_status(const struct nbd_door *door)
+{
+	static const char *const tls_names[] = {
+		[NBD_TLS_OFF] = "off", [NBD_TLS_ON] = "on", [NBD_TLS_REQUIRED] = "required"
+	};
+	json_t *listeners = json_array();
+
+	for (size_t i = 0; i < door->entrance_count; i++) {
+		const struct entrance *entrance = door->entrances[i];
+
+		json_array_append_new(listeners,
+			json_pack("{s:s, s:s, s:b, s:i}", "address", entrance->listener.text, "tls",
+				tls_names[entrance->config->tls], "read_only",
+				entrance->config->read_only, "clients",
+				(int)entrance->client_count));
+	}
+	return listeners;
+}
+
+static json_t *limits_status(const struct nbd_door *door)
+{
+	const struct nbd_limits *limits = &door->server.limits;
+
+	return json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I}", "max_connections",
+		(json_int_t)door->client_max, "max_connections_per_peer",
+		(json_int_t)door->limits.peer_connections, "handshake_timeout",
+		(json_int_t)(limits->handshake_ns / NS_PER_SEC), "handshake_options",
+		(json_int_t)limits->handshake_options, "idle_timeout",
+		(json_int_t)(limits->idle_ns / NS_PER_SEC), "max_requests",
+		(json_int_t)limits->requests, "max_buffer", (json_int_t)limits->buffer_bytes,
+		"export_max_requests", (json_int_t)limits->export_requests, "export_max_buffer",
+		(json_int_t)limits->export_buffer_bytes);
+}
+
 json_t *nbd_door_status(const struct nbd_door *door)
 {
-	json_t *listen = json_array();
-
-	for (size_t i = 0; i < door->entrance_count; i++)
-		json_array_append_new(listen, json_string(door->entrances[i]->listener.text));
-	return json_pack("{s:o, s:i, s:i, s:I, s:I}", "listen", listen, "clients",
-		(int)door->clients.running, "max_clients", (int)door->client_max, "accepted",
-		(json_int_t)door->accepted, "refused", (json_int_t)door->refused);
+	return json_pack("{s:o, s:i, s:I, s:I, s:I, s:b, s:o}", "listeners", listeners_status(door),
+		"clients", (int)door->clients.running, "accepted", (json_int_t)door->accepted,
+		"refused", (json_int_t)door->refused, "tls_failures",
+		(json_int_t)door->tls_failures, "debug", door->debug, "limits",
+		limits_status(door));
 }

@@ -46,5 +46,11 @@ void nbd_door_abandon(struct nbd_door *door);
 /* For nbd_server_handshakes() and nbd_disconnect(). */
 struct nbd_server *nbd_door_server(struct nbd_door *door);
 
-/* {"listen": ["unix:/...", ...], "clients": n, "max_clients": n, "accepted": n, "refused": n} */
+/*
+ * The log of the protocol of one client, or with id 0 of all, those to come too: off or on. The count of
+ * clients that this was for; -ENOENT when there is none of that id.
+ */
+int nbd_door_debug(struct nbd_door *door, uint64_t id, bool on);
+
+/* As the type Door in org.blkstack.varlink. */
 json_t *nbd_door_status(const struct nbd_door *door);

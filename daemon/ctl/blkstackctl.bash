@@ -4,7 +4,7 @@
 _blkstackctl() {
 	local word=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD - 1]}
 	local commands="list status resize flush discard attach detach mirror compact check snapshot"
-	commands+=" clients disconnect reload add remove shutdown call doctor version"
+	commands+=" latency clients disconnect debug reload add remove shutdown call doctor version"
 	local socket=() operands=() i
 
 	# What stands on the line already: the command, its operands, and another socket.
@@ -53,16 +53,17 @@ _blkstackctl() {
 			mapfile -t COMPREPLY < <(compgen -f -- "$word")
 			return
 			;;
-		status | resize | flush | discard | attach | detach | compact | check | clients | remove)
+		status | latency | resize | flush | discard | attach | detach | compact | check | clients | remove)
 			candidates=$(blkstackctl "${socket[@]}" list 2>/dev/null | awk 'NR > 1 { print $1 }')
 			;;
 		mirror) candidates="start status wait pause resume rate promote cancel verify" ;;
+		debug) candidates="on off" ;;
 		disconnect)
 			candidates=$(blkstackctl "${socket[@]}" clients 2>/dev/null | awk 'NR > 1 { print $1 }')
 			;;
 		snapshot) candidates="list create apply delete" ;;
 		call)
-			candidates="Info List Status Clients Disconnect Resize Flush Discard Attach Detach Shutdown"
+			candidates="Info List Status Clients Disconnect Debug Resize Flush Discard Attach Detach Shutdown"
 			candidates+=" MirrorStart MirrorStatus MirrorWait MirrorPause MirrorResume MirrorRate"
 			candidates+=" MirrorCancel MirrorPromote MirrorVerify"
 			candidates+=" Compact CancelCompact Check Snapshots CreateSnapshot ApplySnapshot"
@@ -71,6 +72,8 @@ _blkstackctl() {
 		esac
 	elif ((${#operands[@]} == 2)) && [[ ${operands[0]} == @(mirror|snapshot) ]]; then
 		candidates=$(blkstackctl "${socket[@]}" list 2>/dev/null | awk 'NR > 1 { print $1 }')
+	elif ((${#operands[@]} == 2)) && [[ ${operands[0]} == debug ]]; then
+		candidates=$(blkstackctl "${socket[@]}" clients 2>/dev/null | awk 'NR > 1 { print $1 }')
 	elif ((${#operands[@]} == 2)) && [[ ${operands[0]} == attach ]]; then
 		candidates="auto $(compgen -G '/dev/nbd*')"
 	fi

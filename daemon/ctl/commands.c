@@ -65,10 +65,28 @@ static json_t *optional_export(const char **operands, int operand_count)
 	return operand_count ? json_pack("{s:s}", "export", operands[0]) : NULL;
 }
 
+/* The door as a whole belongs to no export. */
 static enum ctl_exit run_status(struct ctl *ctl, const char **operands, int operand_count)
 {
+	json_t *reply;
+	enum ctl_exit status = ctl_call(
+		ctl, "Status", optional_export(operands, operand_count), &reply);
+
+	if (!status && ctl->json) {
+		show_json(reply);
+	} else if (!status) {
+		show_statuses(json_object_get(reply, "exports"));
+		if (!operand_count)
+			show_door(json_object_get(reply, "door"));
+	}
+	json_decref(reply);
+	return status;
+}
+
+static enum ctl_exit run_latency(struct ctl *ctl, const char **operands, int operand_count)
+{
 	return show_array(
-		ctl, "Status", optional_export(operands, operand_count), "exports", show_statuses);
+		ctl, "Status", optional_export(operands, operand_count), "exports", show_latencies);
 }
 
 static enum ctl_exit run_clients(struct ctl *ctl, const char **operands, int operand_count)
@@ -233,17 +251,39 @@ static enum ctl_exit run_detach(struct ctl *ctl, const char **operands, int oper
 		ctl, "Detach", json_pack("{s:s, s:b}", "export", operands[0], "force", ctl->force));
 }
 
-static enum ctl_exit run_disconnect(struct ctl *ctl, const char **operands, int operand_count)
+static enum ctl_exit parse_client(const char *text, json_int_t *id)
 {
 	char *end;
 
 	errno = 0;
-	long long id = strtoll(operands[0], &end, 10);
-	if (errno || *end || id <= 0)
+	*id = strtoll(text, &end, 10);
+	if (errno || *end || *id <= 0)
 		return ctl_fail(CTL_USAGE,
 			"\"%s\" is no number of a client (\"blkstackctl clients\" shows them)",
-			operands[0]);
-	return ctl_call_quietly(ctl, "Disconnect", json_pack("{s:I}", "id", (json_int_t)id));
+			text);
+	return CTL_OK;
+}
+
+static enum ctl_exit run_disconnect(struct ctl *ctl, const char **operands, int operand_count)
+{
+	json_int_t id;
+	enum ctl_exit status = parse_client(operands[0], &id);
+
+	return status ? status : ctl_call_quietly(ctl, "Disconnect", json_pack("{s:I}", "id", id));
+}
+
+static enum ctl_exit run_debug(struct ctl *ctl, const char **operands, int operand_count)
+{
+	bool on = !strcmp(operands[0], "on");
+	json_int_t id = 0;
+
+	if (!on && strcmp(operands[0], "off"))
+		return ctl_fail(CTL_USAGE, "debug: \"%s\" is neither on nor off", operands[0]);
+	enum ctl_exit status = operand_count > 1 ? parse_client(operands[1], &id) : CTL_OK;
+	if (status)
+		return status;
+	return ctl_call_quietly(ctl, "Debug",
+		id ? json_pack("{s:b, s:I}", "on", on, "id", id) : json_pack("{s:b}", "on", on));
 }
 
 /* Also waits for the end of the process, where its pid means something to us. */
@@ -294,6 +334,10 @@ static enum ctl_exit run_call(struct ctl *ctl, const char **operands, int operan
 const struct ctl_command ctl_commands[] = {
 	{ "list", "", 0, 0, 0, "list the exports", NULL, run_list },
 	{ "status", "[EXPORT]", 0, 1, 0, "show layers, counters and doors", NULL, run_status },
+	{ "latency", "[EXPORT]", 0, 1, 0, "show how long requests took",
+		"By door and kind of request, from when a request came in until its reply was on "
+		"its way.\n",
+		run_latency },
 	{ "resize", "EXPORT SIZE", 2, 2, CTL_FORCE, "change the size of an export in use",
 		"SIZE is in bytes or like 512M, 10G; +1G and -1G are relative to the size now.\n"
 		"The kernel device follows at once, NBD clients see it when they connect anew.\n"
@@ -322,6 +366,11 @@ const struct ctl_command ctl_commands[] = {
 		"flight is\n"
 		"carried out but not answered. Most clients come back at once.\n",
 		run_disconnect },
+	{ "debug", "on|off [ID]", 1, 2, 0, "log the protocol of NBD clients",
+		"What each client asks and is told goes into the daemon's log, a line each: of one "
+		"client, or\n"
+		"of all, those to come too. A busy client fills the log quickly.\n",
+		run_debug },
 	{ "mirror", "ACTION EXPORT [RATE]", 2, 3, CTL_FORCE | CTL_RATE | CTL_MIRROR,
 		"copy an export in use to another disk", ctl_mirror_help, ctl_mirror_run },
 	{ "compact", "EXPORT", 1, 1, CTL_RATE | CTL_CANCEL | CTL_MORE,

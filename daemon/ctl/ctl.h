@@ -8,6 +8,7 @@
  *	qcow.c		the commands for exports with a qcow layer
  *	reload.c	the commands "reload", "add" and "remove"
  *	show.c		tables for people
+ *	latency.c	and how long requests took
  *	doctor*.c	the command "doctor"; see doctor.h
  */
 #pragma once
@@ -136,3 +137,11 @@ void show_json(const json_t *value);
 void show_list(const json_t *exports);     /* array of Export */
 void show_clients(const json_t *clients);  /* array of Client */
 void show_statuses(const json_t *exports); /* array of Status */
+void show_door(const json_t *door);
+/* latency.c */
+void show_latencies(const json_t *exports); /* array of Status */
+/* "5.0 ms": at most so many microseconds as bucket n of a Latencies means. */
+#define CTL_LATENCY_TEXT_LEN 16
+const char *ctl_format_latency(size_t bucket, char text[CTL_LATENCY_TEXT_LEN]);
+/* In which bucket the request is that `permille` of them are not slower than. */
+size_t ctl_latency_quantile(const json_t *counts, unsigned permille);

@@ -381,6 +381,24 @@ static void show_kernel(const json_t *kernel)
 	putchar('\n');
 }
 
+/* "latency  read: half within 16 us, 99 % within 64 us, all within 1.0 ms" */
+static void show_latency_line(const char *door, json_t *latency)
+{
+	char text[3][CTL_LATENCY_TEXT_LEN];
+	const char *kind;
+	json_t *counts;
+
+	json_object_foreach(latency, kind, counts)
+	{
+		if (json_array_size(counts))
+			printf("  %s: %s: half within %s, 99 %% within %s, all within %s\n", door,
+				kind,
+				ctl_format_latency(ctl_latency_quantile(counts, 500), text[0]),
+				ctl_format_latency(ctl_latency_quantile(counts, 990), text[1]),
+				ctl_format_latency(json_array_size(counts) - 1, text[2]));
+	}
+}
+
 static void show_status(const json_t *status)
 {
 	const json_t *export = json_object_get(status, "export");
@@ -401,6 +419,8 @@ static void show_status(const json_t *status)
 	snprintf(name, sizeof(name), "NBD, %llu connection%s", (unsigned long long)connections,
 		connections == 1 ? "" : "s");
 	show_row("", name, "", json_object_get(nbd, "requests"), get_number(nbd, "errors"));
+	show_latency_line("clients", json_object_get(nbd, "latency"));
+	show_latency_line("kernel", json_object_get(nbd, "kernel_latency"));
 	show_layer(json_object_get(status, "stack"), "", "");
 }
 
@@ -416,4 +436,54 @@ void show_statuses(const json_t *exports)
 			putchar('\n');
 		show_status(status);
 	}
+}
+
+/* --- the door --------------------------------------------------------------------------------- */
+
+/* "0" as what it means. */
+static const char *format_limit(uint64_t number, const char *unit, char text[32])
+{
+	if (number)
+		snprintf(text, 32, "%llu%s", (unsigned long long)number, unit);
+	else
+		snprintf(text, 32, "no limit");
+	return text;
+}
+
+static void show_limits(const json_t *limits)
+{
+	char peer[32], idle[32], buffer[UNITS_SIZE_TEXT_LEN], export_buffer[UNITS_SIZE_TEXT_LEN];
+
+	printf("  limits: %llu connections, per peer: %s; handshake %llu s, %llu options; idle: "
+	       "%s\n",
+		(unsigned long long)get_number(limits, "max_connections"),
+		format_limit(get_number(limits, "max_connections_per_peer"), "", peer),
+		(unsigned long long)get_number(limits, "handshake_timeout"),
+		(unsigned long long)get_number(limits, "handshake_options"),
+		format_limit(get_number(limits, "idle_timeout"), " s", idle));
+	printf("  in flight: %llu requests, %s on a connection; %llu, %s of an export\n",
+		(unsigned long long)get_number(limits, "max_requests"),
+		units_format_size(get_number(limits, "max_buffer"), buffer),
+		(unsigned long long)get_number(limits, "export_max_requests"),
+		units_format_size(get_number(limits, "export_max_buffer"), export_buffer));
+}
+
+void show_door(const json_t *door)
+{
+	const json_t *listeners = json_object_get(door, "listeners"), *listener;
+	size_t i;
+
+	if (!json_is_object(door))
+		return;
+	printf("\nNBD clients: %llu connected; %llu came in, %llu refused, %llu failed at TLS%s\n",
+		(unsigned long long)get_number(door, "clients"),
+		(unsigned long long)get_number(door, "accepted"),
+		(unsigned long long)get_number(door, "refused"),
+		(unsigned long long)get_number(door, "tls_failures"),
+		get_flag(door, "debug") ? "; the protocol is logged" : "");
+	json_array_foreach(listeners, i, listener) printf("  %s, %llu client%s, TLS %s%s\n",
+		get_text(listener, "address"), (unsigned long long)get_number(listener, "clients"),
+		get_number(listener, "clients") == 1 ? "" : "s", get_text(listener, "tls"),
+		get_flag(listener, "read_only") ? ", read-only" : "");
+	show_limits(json_object_get(door, "limits"));
 }
