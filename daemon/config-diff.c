@@ -136,8 +136,7 @@ static bool must_reopen(const struct config_running *running, const struct confi
 
 	if (now->read_only != next->read_only)
 		return true;
-	return !conf_equal(now->stack, next->stack) &&
-	       !(running->stack && conf_equal(running->stack, next->stack));
+	return !conf_equal(now->stack, next->stack) && !conf_equal(running->stack, next->stack);
 }
 
 /* What has to happen to the device; CONFIG_CHANGE: nothing. */

@@ -45,9 +45,9 @@ struct config_diff {
 /* An export as it runs. */
 struct config_running {
 	struct config_export *config;
-	const struct conf *stack; /* what it is made of now; NULL: that cannot be said */
-	const char *device;       /* the kernel device that is attached, or NULL */
-	bool by_hand;             /* goes on when the file has no export of its name */
+	struct conf *stack; /* what it is made of now */
+	const char *device; /* the kernel device that is attached, or NULL */
+	bool by_hand;       /* goes on when the file has no export of its name */
 };
 
 /* now: the config in force. The lists are of all that runs; diff is to be ended by config_diff_fini(). */

@@ -2,9 +2,8 @@
  * Who uses an export, and what it is made of now: what has to be known before it is changed or taken away; see
  * export.h.
  *
- * What a stack is made of is found by its layers themselves: each knows the group of the config that it was
- * opened by, and the list that has exactly those groups is the stack's. It stands in the export's own
- * config, or, where a mirror's secondary took over, in that mirror's part of it.
+ * Every layer has a copy of the group of the config that it was opened by: together these are what the stack is
+ * made of now, also where a mirror's secondary took over.
  */
 #include "daemon/export.h"
 
@@ -17,53 +16,37 @@
 /* Something to find out on the export's home reactor. */
 struct question {
 	const struct export *export;
-	const struct conf *stack;
+	struct conf *stack;
 	bool mirrored;
 };
 
 /* --- what it is made of ----------------------------------------------------------------------- */
 
-static bool is_made_of(const struct blk *blk, const struct conf *list)
-{
-	for (size_t i = 0; i < list->item_count; i++) {
-		if (!blk || blk->conf != list->items[i])
-			return false;
-		blk = blk->below;
-	}
-	return list->item_count && !blk;
-}
-
-/* The list, within conf, that the stack is made of; NULL when there is none. */
-static const struct conf *find_list(const struct conf *conf, const struct blk *top)
-{
-	const struct conf *found = NULL;
-
-	if (conf->type == CONF_LIST && is_made_of(top, conf))
-		return conf;
-	for (size_t i = 0; i < conf->item_count && !found; i++)
-		found = find_list(conf->items[i], top);
-	return found;
-}
-
-static suspends void ask(void *arg)
+static suspends void ask_for_stack(void *arg)
 {
 	struct question *question = arg;
-	const struct export *export = question->export;
-	const struct blk *mirror = mirror_find(export->top);
 
-	question->stack = find_list(export->opened->conf, export->top);
-	if (!question->stack)
-		question->stack = find_list(export->snippets, export->top);
-	for (size_t i = 0; mirror && i < export->snippets->item_count; i++)
-		question->mirrored |= mirror->conf == export->snippets->items[i];
+	for (const struct blk *blk = question->export->top; blk; blk = blk->below)
+		conf_add(question->stack, conf_copy(blk->conf));
 }
 
-suspends const struct conf *export_running_stack(struct export *export)
+suspends struct conf *export_running_stack(struct export *export)
 {
-	struct question question = { .export = export };
+	struct question question = { .export = export, .stack = conf_new(CONF_LIST, NULL, NULL) };
 
-	co_call_on(export->home, ask, &question);
+	co_call_on(export->home, ask_for_stack, &question);
 	return question.stack;
+}
+
+/* One that was started by command stands on top, and not in the config. */
+static suspends void ask_for_mirror(void *arg)
+{
+	struct question *question = arg;
+	const struct blk *top = question->export->top;
+	const struct conf *configured = question->export->config->stack->items[0];
+
+	question->mirrored = mirror_find(question->export->top) == top &&
+			     !conf_equal(top->conf, configured);
 }
 
 /* --- who uses it ------------------------------------------------------------------------------ */
@@ -105,6 +88,6 @@ suspends int export_check_unused(struct export *export, bool device_only, struct
 	ret = check_clients(export, err);
 	if (ret)
 		return ret;
-	co_call_on(export->home, ask, &question);
+	co_call_on(export->home, ask_for_mirror, &question);
 	return question.mirrored ? err_set(err, EBUSY, "in use: a mirror was started on it") : 0;
 }

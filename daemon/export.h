@@ -34,7 +34,7 @@ struct export
 	struct list link; /* in daemon->exports, or daemon->closing */
 	struct daemon *daemon;
 	struct config_export *config; /* name, description, device, ... */
-	struct config_export *opened; /* what the stack was opened by; lives as long as the stack */
+	struct config_export *opened; /* what it was opened by; its name is kept elsewhere too */
 	bool by_hand;                 /* came by the control socket: reloads leave it alone */
 	bool stopping;                /* calls are refused */
 	bool drained; /* of clients, while stopping: only flushing and closing are left */
@@ -87,11 +87,8 @@ suspends int export_remove(struct export *export, uint64_t grace_ns, bool force,
  */
 suspends int export_check_unused(struct export *export, bool device_only, struct err *err);
 
-/*
- * The list of layers that the stack is made of now: that of export->opened, or what a mirror put in its
- * place. NULL: none, a mirror that was started on it is at work. Lives as long as the export.
- */
-suspends const struct conf *export_running_stack(struct export *export);
+/* The layers that the stack is made of now, as a config has them; a list that the caller frees. */
+suspends struct conf *export_running_stack(struct export *export);
 
 /* What another config says of the export; of the stack nothing, and of the device for the next attach. */
 void export_set_config(struct export *export, struct config_export *config);

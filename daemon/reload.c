@@ -46,7 +46,7 @@ struct running {
 	size_t count;
 };
 
-/* Nothing is added or removed meanwhile. The configs and stacks live as long as the exports. */
+/* Nothing is added or removed meanwhile. The stacks are to be freed. */
 static suspends void look_at_running(struct daemon *daemon, struct running *running)
 {
 	size_t count = 0;
@@ -76,6 +76,8 @@ static suspends void make_diff(
 
 	look_at_running(daemon, &running);
 	config_diff_make(diff, daemon->config, running.list, running.count, next);
+	for (size_t i = 0; i < running.count; i++)
+		conf_free(running.list[i].stack);
 	free(running.list);
 }
 
@@ -122,17 +124,19 @@ static bool forgets(const struct conf *conf)
 
 static suspends int check_reopen(struct export *export, struct err *err)
 {
-	const struct conf *stack = export_running_stack(export);
+	struct conf *stack = export_running_stack(export);
+	bool forgetful = forgets(stack), replaced = !conf_equal(stack, export->config->stack);
 
+	conf_free(stack);
 	if (export->kernel && !*export->config->device)
 		return err_set(err, EBUSY,
 			"its stack changed, and it was attached to %s by hand: detach it first",
 			kernel_device(export->kernel));
-	if (stack && forgets(stack))
+	if (forgetful)
 		return err_set(err, EBUSY,
 			"its stack changed, and what is in its memory layer would be lost: remove "
 			"it first if you mean that");
-	if (stack != export->opened->stack)
+	if (replaced)
 		return err_set(err, EBUSY,
 			"its stack changed, but it runs on what a mirror put in its place: write "
 			"that stack into the file, or remove the export first");
