@@ -43,6 +43,7 @@ struct settings {
 	int64_t max_connections, handshake_timeout_s, stop_timeout_s, reactors;
 	struct config_limits limits;
 	int engine, log_level;
+	bool keeper;
 	const struct conf *exports;
 };
 
@@ -94,6 +95,9 @@ static const struct opt settings_options[] = {
 	{ "reactors", OPT_INT, offsetof(struct settings, reactors), "0", .min = 0,
 		.max = REACTORS_MAX,
 		.help = "threads that serve; 0: one per processor, at most one per export" },
+	{ "keeper", OPT_BOOL, offsetof(struct settings, keeper),
+		.help = "whether a process of its own holds devices and sockets while the server "
+			"restarts; by default where an export has a device" },
 	{ "exports", OPT_LIST, offsetof(struct settings, exports), .required = true,
 		.help = "the disks" },
 	{}
@@ -313,6 +317,14 @@ static int check_address(const struct conf *conf, const char *address, struct er
 	return 0;
 }
 
+bool config_has_device(const struct config *config)
+{
+	for (size_t i = 0; i < config->export_count; i++)
+		if (*config->exports[i]->device)
+			return true;
+	return false;
+}
+
 static bool is_one_of(const char *name, const char *const *names)
 {
 	for (; *names; names++)
@@ -515,6 +527,9 @@ static int load(struct config *config, struct err *err)
 		ret = take_settings(config, &settings, err);
 	if (!ret)
 		ret = take_exports(config, (struct conf *)settings.exports, err);
+	if (!ret)
+		config->keeper = conf_get(config->root, "keeper") ? settings.keeper
+								  : config_has_device(config);
 	if (!ret)
 		ret = config_check_listen(config, err);
 	if (!ret)

@@ -89,6 +89,8 @@ struct config {
 	unsigned reactor_count; /* threads, at least 1 */
 	int64_t stop_timeout_s; /* how long requests in flight may take at the end */
 
+	bool keeper; /* a process of its own holds what outlives this one */
+
 	struct config_export **exports; /* owned array, a reference each */
 	size_t export_count;
 };
@@ -119,6 +121,9 @@ int config_parse_export(
 /* Whether all of them can run at once: names, devices and files are used by one only. */
 int config_check_together(
 	struct config_export *const *exports, size_t export_count, struct err *err);
+
+/* Whether an export has a kernel device. */
+bool config_has_device(const struct config *config);
 
 bool config_engine_known(const char *name);
 bool config_log_level_known(const char *name);

@@ -489,6 +489,11 @@ int control_open(struct daemon *daemon, struct control **out, struct err *err)
 	return 0;
 }
 
+struct listener *control_listener(struct control *control)
+{
+	return control ? &control->listener : NULL;
+}
+
 int control_start(struct control *control, struct err *err)
 {
 	int ret = control->listener.fd < 0 ? 0 : listener_start(&control->listener, accepted);

@@ -11,9 +11,13 @@
 struct config;
 struct daemon;
 struct control;
+struct listener;
 
 /* Plain code: binds config->control, if there is one, and accepts nothing yet. */
 int control_open(struct daemon *daemon, struct control **control, struct err *err);
+
+/* NULL without a control socket. */
+struct listener *control_listener(struct control *control);
 
 /* From now on calls are answered. */
 int control_start(struct control *control, struct err *err);

@@ -16,13 +16,12 @@
 
 #include <errno.h>
 #include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/signalfd.h>
 #include <unistd.h>
-
-#include <systemd/sd-daemon.h>
 
 #include "base/cleanup.h"
 #include "base/log.h"
@@ -156,8 +155,8 @@ static suspends int start_exports(struct daemon *daemon, struct err *err)
 
 	for (size_t i = 0; i < config->export_count && !ret && !daemon->stopping; i++) {
 		struct export *export;
-		sd_notifyf(0, "STATUS=Opening export \"%s\", %zu of %zu", config->exports[i]->name,
-			i + 1, config->export_count);
+		keeper_tell(daemon->keeper, KEEPER_STATUS, "Opening export \"%s\", %zu of %zu",
+			config->exports[i]->name, i + 1, config->export_count);
 		ret = export_start(daemon, config->exports[i], &export, err);
 	}
 	return ret;
@@ -172,7 +171,8 @@ static suspends int attach_devices(struct daemon *daemon, struct err *err)
 		struct export *export = list_entry(link, struct export, link);
 		if (ret || daemon->stopping || !*export->config->device)
 			continue;
-		sd_notifyf(0, "STATUS=Attaching export \"%s\" to the kernel", export->config->name);
+		keeper_tell(daemon->keeper, KEEPER_STATUS, "Attaching export \"%s\" to the kernel",
+			export->config->name);
 		ret = export_attach(export, NULL, err);
 		if (ret)
 			err_place(err, conf_get(export->config->conf, "device")->where);
@@ -194,7 +194,8 @@ void daemon_tell_status(const struct daemon *daemon)
 	if (devices)
 		snprintf(text, sizeof(text), ", %u as kernel device%s", devices,
 			devices == 1 ? "" : "s");
-	sd_notifyf(0, "STATUS=Serving %u export%s%s", exports, exports == 1 ? "" : "s", text);
+	keeper_tell(daemon->keeper, KEEPER_STATUS, "Serving %u export%s%s", exports,
+		exports == 1 ? "" : "s", text);
 }
 
 static suspends int start(struct daemon *daemon, struct err *err)
@@ -203,7 +204,10 @@ static suspends int start(struct daemon *daemon, struct err *err)
 
 	if (ret)
 		return err_sys(err, -ret, "cannot watch for signals");
-	ret = start_exports(daemon, err);
+	if (daemon->keeper)
+		ret = daemon_meet_keeper(daemon, err);
+	if (!ret)
+		ret = start_exports(daemon, err);
 	if (!ret)
 		ret = attach_devices(daemon, err);
 	if (daemon->stopping)
@@ -220,7 +224,7 @@ static suspends int start(struct daemon *daemon, struct err *err)
 		daemon->reactor_count == 1 ? "" : "s");
 	daemon->ready = true;
 	daemon_tell_status(daemon);
-	sd_notify(0, "READY=1");
+	keeper_tell(daemon->keeper, KEEPER_READY, "%s", "");
 	return 0;
 }
 
@@ -263,7 +267,7 @@ static suspends void stop(struct daemon *daemon)
 	struct co_group group;
 
 	daemon->stopping = true;
-	sd_notify(0, "STOPPING=1\nSTATUS=Finishing requests in flight");
+	keeper_tell(daemon->keeper, KEEPER_STOPPING, "Finishing requests in flight");
 	daemon->stop_deadline_ns = reactor_now_ns() + daemon_stop_timeout_ns(daemon);
 	timer_arm(&daemon->stop_late, daemon->stop_deadline_ns + NS_PER_SEC);
 	nbd_door_stop(daemon->nbd_door);
@@ -288,6 +292,7 @@ static suspends void stop(struct daemon *daemon)
 	nbd_door_close(daemon->nbd_door);
 	daemon->nbd_door = NULL;
 	timer_cancel(&daemon->stop_late);
+	keeper_link_end(daemon->keeper);
 	watch_remove(&daemon->signals);
 }
 
@@ -326,13 +331,16 @@ static void log_notice(const struct blk *blk, const char *text)
 	log_warning("%s: %s: %s", blk->conf->where, blk->ops->name, text);
 }
 
-int daemon_run(const struct config_source *source, struct config *config, struct err *err)
+int daemon_run(
+	const struct config_source *source, struct config *config, int keeper_sock, struct err *err)
 {
 	struct daemon daemon = {
 		.source = source, .config = config, .start_time = time(NULL), .signals.fd = -1
 	};
 	struct run run = { .daemon = &daemon, .err = err };
 
+	daemon.keeper_sock = keeper_sock;
+	daemon.keeper = keeper_sock >= 0 ? &daemon.keeper_link : NULL;
 	list_init(&daemon.exports);
 	list_init(&daemon.closing);
 	co_queue_init(&daemon.stop_wanted);

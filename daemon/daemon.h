@@ -22,10 +22,12 @@
 #include "rt/reactor.h"
 
 #include "daemon/config.h"
+#include "daemon/keeper-link.h"
 
 struct config_source;
 struct nbd_door;
 struct control;
+struct listener;
 
 struct daemon {
 	const struct config_source *source;
@@ -42,6 +44,10 @@ struct daemon {
 	struct control *control;
 	time_t start_time; /* CLOCK_REALTIME, seconds */
 
+	struct keeper_link *keeper; /* NULL: there is no keeper */
+	struct keeper_link keeper_link;
+	int keeper_sock;
+
 	struct watch signals; /* a signalfd */
 	bool stopping;
 	bool ready;                  /* once everything was started */
@@ -53,9 +59,11 @@ struct daemon {
 /*
  * Opens the sockets and the exports, serves until asked to stop by a signal or daemon_stop(), and takes
  * everything down again. An error is one of starting: it leaves nothing behind. Plain code; one daemon per
- * process, since it takes the signals. Takes config over, which is what source gave; reloads ask it again.
+ * process, since it takes the signals. Takes config over, which is what source gave; reloads
+ * ask it again. keeper_sock: the socket to the keeper, -1 without one.
  */
-int daemon_run(const struct config_source *source, struct config *config, struct err *err);
+int daemon_run(const struct config_source *source, struct config *config, int keeper_sock,
+	struct err *err);
 
 /* For whoever adds or removes exports: one at a time, and none once the daemon stops (-ESHUTDOWN). */
 suspends int daemon_begin_change(struct daemon *daemon, struct err *err);
@@ -66,6 +74,11 @@ uint64_t daemon_stop_timeout_ns(const struct daemon *daemon);
 
 /* Tells the service manager how many exports and devices are served now. */
 void daemon_tell_status(const struct daemon *daemon);
+
+/* In daemon-keeper.c. Says hello to the keeper, and looks at what it holds. */
+suspends int daemon_meet_keeper(struct daemon *daemon, struct err *err);
+/* The listening sockets that there are now are kept for a successor; harmless without a keeper. */
+suspends void daemon_keep_listeners(struct daemon *daemon);
 
 /* Asks for the end; returns at once. Harmless when asked already. Main reactor. */
 void daemon_stop(struct daemon *daemon);

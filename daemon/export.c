@@ -298,6 +298,7 @@ static suspends int attach(struct export *export, const char *device, struct err
 	struct config_export *config = export->config;
 	const char *configured = *config->device ? config->device : "auto";
 	struct kernel_opts opts = {
+		.keeper = export->daemon->keeper,
 		.nbd = &export->nbd,
 		.device = device ? device : configured,
 		.size_bytes = export->size,

@@ -19,12 +19,14 @@
 #include "base/err.h"
 #include "rt/co.h"
 
+struct keeper_link;
 struct kernel_door;
 struct nbd_export;
 
 struct kernel_opts {
-	struct nbd_export *nbd; /* what it serves, on its home reactor; outlives the door */
-	const char *device;     /* "/dev/nbd0", or "auto" for the first one that is free */
+	struct keeper_link *keeper; /* who holds the device; NULL: this process */
+	struct nbd_export *nbd;     /* what it serves, on its home reactor; outlives the door */
+	const char *device;         /* "/dev/nbd0", or "auto" for the first one that is free */
 	uint64_t size_bytes;
 	uint32_t block_size; /* logical block size: 512, 1024, 2048 or 4096 */
 	uint32_t timeout_s;  /* a request older than that fails the device; 0: never */

@@ -292,6 +292,32 @@ static int open_access(
 	return 0;
 }
 
+static bool is_kept(int fd)
+{
+	char **names = NULL;
+	int count = sd_listen_fds_with_names(0, &names);
+	bool kept = fd < SD_LISTEN_FDS_START + count &&
+		    !strcmp(names[fd - SD_LISTEN_FDS_START], LISTEN_KEPT);
+
+	for (int i = 0; i < count; i++)
+		free(names[i]);
+	free(names);
+	return kept;
+}
+
+/* A predecessor made it, so it is ours to remove. */
+static void take_over_file(struct listener *listener, const char *path)
+{
+	struct stat st;
+
+	listener->passed = !is_kept(listener->fd);
+	if (listener->passed || lstat(path, &st) || !S_ISSOCK(st.st_mode))
+		return;
+	listener->path = strdup(path);
+	listener->path_dev = st.st_dev;
+	listener->path_ino = st.st_ino;
+}
+
 static int open_unix(struct listener *listener, const struct sockaddr_un *un,
 	const struct listen_access *access, struct err *err)
 {
@@ -301,8 +327,10 @@ static int open_unix(struct listener *listener, const struct sockaddr_un *un,
 
 	snprintf(listener->text, sizeof(listener->text), "unix:%s", path);
 	listener->fd = passed_socket(addr);
-	if (listener->fd >= 0)
+	if (listener->fd >= 0) {
+		take_over_file(listener, path);
 		return 0;
+	}
 	CLEANUP(fd) int folder = lock_folder(path, err);
 	if (folder < 0)
 		return folder;
@@ -380,6 +408,7 @@ static int open_tcp(struct listener *listener, const struct address *address, st
 			if (pass == 0 && info->ai_family != AF_INET6)
 				continue;
 			int passed = passed_socket(info->ai_addr);
+			listener->passed = passed >= 0 && !is_kept(passed);
 			ret = passed >= 0 ? passed : bind_tcp(info);
 		}
 	}
@@ -529,13 +558,18 @@ void listener_stop(struct listener *listener)
 	listener->watching = false;
 }
 
-void listener_close(struct listener *listener)
+void listener_leave(struct listener *listener)
 {
 	if (listener->fd >= 0)
 		close(listener->fd);
 	listener->fd = -1;
-	if (is_ours(listener))
-		unlink(listener->path);
 	free(listener->path);
 	listener->path = NULL;
+}
+
+void listener_close(struct listener *listener)
+{
+	if (is_ours(listener))
+		unlink(listener->path);
+	listener_leave(listener);
 }

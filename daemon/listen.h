@@ -5,7 +5,8 @@
  *	tcp:127.0.0.1:10809, tcp:[::1]:10809, tcp:*:10809	TCP; * is every address, IPv6 and IPv4
  *	vsock:10809, vsock:2:10809	for virtual machines on this host; the CID is ours, * or none is any
  *
- * A socket that the service manager passed for the same address is taken over. Otherwise a unix
+ * A socket that the service manager or the keeper passed for the same address is taken over; from the keeper with
+ * its file (LISTEN_KEPT is its name then). Otherwise a unix
  * socket's file that a dead process left behind is replaced; one that somebody listens on is not. The
  * last folder of its path is created when it is missing.
  */
@@ -18,6 +19,8 @@
 #include "rt/reactor.h"
 
 #define LISTEN_TEXT_LEN 128
+#define LISTEN_KEPT \
+	"kept" /* the name, as of sd_listen_fds_with_names(), of a socket of a predecessor */
 
 /* Who may connect to a unix socket. (uid_t)-1, (gid_t)-1: leave the owner as it is. */
 struct listen_access {
@@ -32,6 +35,7 @@ struct listener {
 	char *path;                 /* of a socket file that we made, else NULL */
 	dev_t path_dev;             /* and which file that was */
 	ino_t path_ino;
+	bool passed; /* by the service manager: it has it for ever */
 	struct watch watch;
 	bool watching;
 	struct timer retry;
@@ -68,5 +72,7 @@ int listener_set_access(
 	struct listener *listener, const struct listen_access *access, struct err *err);
 /* Accepts no more; harmless when not started. */
 void listener_stop(struct listener *listener);
+/* Closes a stopped listener and leaves its file, for a successor that has the same socket. */
+void listener_leave(struct listener *listener);
 /* Closes a stopped listener and removes its file, unless somebody put another one there. */
 void listener_close(struct listener *listener);

@@ -12,6 +12,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include "base/log.h"
@@ -20,6 +22,7 @@
 #include "daemon/config.h"
 #include "daemon/daemon.h"
 #include "daemon/help.h"
+#include "daemon/keeper.h"
 #include "daemon/kernel.h"
 
 #define EXIT_USAGE 2
@@ -27,6 +30,8 @@
 struct args {
 	struct config_source source;
 	bool check;
+	bool keeper; /* this process is to be the keeper */
+	int server;  /* this process is its server: the socket to it; else -1 */
 };
 
 static int usage_error(const char *text)
@@ -55,6 +60,9 @@ static int parse_args(int argc, char **argv, struct args *args)
 		{ "log-level", required_argument, NULL, 'l' },
 		{ "help", no_argument, NULL, 'h' },
 		{ "version", no_argument, NULL, 'V' },
+		/* Between our own processes. */
+		{ "keeper", no_argument, NULL, 'K' },
+		{ "server", required_argument, NULL, 'S' },
 		{},
 	};
 	int option;
@@ -80,6 +88,12 @@ static int parse_args(int argc, char **argv, struct args *args)
 		case 'h':
 			help_print(stdout);
 			return finish_output();
+		case 'K':
+			args->keeper = true;
+			break;
+		case 'S':
+			args->server = atoi(optarg);
+			break;
 		case 'V':
 			puts("blkstackd " BLKSTACK_VERSION);
 			return finish_output();
@@ -108,18 +122,10 @@ static void open_standard_fds(void)
 		close(fd);
 }
 
-static bool has_device(const struct config *config)
-{
-	for (size_t i = 0; i < config->export_count; i++)
-		if (*config->exports[i]->device)
-			return true;
-	return false;
-}
-
 /* A device may also be attached later, so every daemon that can is exempted from reclaim. */
 static void guard_reclaim(const struct config *config)
 {
-	bool device = has_device(config);
+	bool device = config_has_device(config);
 	struct err err;
 
 	if (kernel_guard_reclaim(device, &err))
@@ -127,19 +133,19 @@ static void guard_reclaim(const struct config *config)
 }
 
 /* Takes the config over. */
-static int run(const struct config_source *source, struct config *config)
+static int run(const struct config_source *source, struct config *config, int keeper_sock)
 {
 	struct err err;
 
 	config_apply_log_level(config);
-	if (!config->listen_count && !*config->control && !has_device(config))
+	if (!config->listen_count && !*config->control && !config_has_device(config))
 		log_warning(
 			"%s: there is neither listen nor control nor a device: nobody can reach "
 			"the exports",
 			config->path);
 	guard_reclaim(config);
 	mallopt(M_ARENA_MAX, 1); /* hardly anything is allocated while serving */
-	if (!daemon_run(source, config, &err))
+	if (!daemon_run(source, config, keeper_sock, &err))
 		return EXIT_SUCCESS;
 	log_error("%s", err.text);
 	return EXIT_FAILURE;
@@ -160,9 +166,52 @@ static int check(const struct config_source *source)
 	return finish_output();
 }
 
+/* --- keeper and server ------------------------------------------------------------------------ */
+
+/*
+ * This process becomes the keeper, anew: so that nothing of the config is left in its memory. Returns only on
+ * an error.
+ */
+static int become_keeper(int argc, char **argv)
+{
+	char **args = calloc((size_t)argc + 2, sizeof(*args));
+
+	if (args) {
+		memcpy(args, argv, (size_t)argc * sizeof(*args));
+		args[argc] = (char *)"--keeper";
+		execv("/proc/self/exe", args);
+	}
+	log_error("cannot become the keeper: /proc/self/exe: %s", strerror(errno));
+	free(args);
+	return EXIT_FAILURE;
+}
+
+/* The keeper's command line is its server's, and then --keeper. */
+static int be_keeper(int argc, char **argv)
+{
+	struct rlimit limit;
+
+	if (!getrlimit(RLIMIT_NOFILE, &limit)) {
+		limit.rlim_cur = limit.rlim_max;
+		setrlimit(RLIMIT_NOFILE, &limit);
+	}
+	argv[argc - 1] = NULL;
+	return keeper_run(argv);
+}
+
+/* What the keeper passes looks like a service manager's, but for what it could not know. */
+static void be_server(void)
+{
+	char pid[16];
+
+	snprintf(pid, sizeof(pid), "%d", (int)getpid());
+	setenv("LISTEN_PID", pid, 1);
+	prctl(PR_SET_NAME, "blkstackd:serve");
+}
+
 int main(int argc, char **argv)
 {
-	struct args args = {};
+	struct args args = { .server = -1 };
 	struct config *config;
 	struct err err;
 
@@ -172,8 +221,15 @@ int main(int argc, char **argv)
 		return status;
 	if (args.check)
 		return check(&args.source);
-	if (!config_source_load(&args.source, &config, &err))
-		return run(&args.source, config);
-	log_error("%s", err.text);
-	return EXIT_FAILURE;
+	if (args.keeper)
+		return be_keeper(argc, argv);
+	if (args.server >= 0)
+		be_server();
+	if (config_source_load(&args.source, &config, &err)) {
+		log_error("%s", err.text);
+		return EXIT_FAILURE;
+	}
+	if (!config->keeper || args.server >= 0)
+		return run(&args.source, config, args.server);
+	return become_keeper(argc, argv);
 }

@@ -588,6 +588,11 @@ suspends void nbd_door_close(struct nbd_door *door)
 	nbd_door_abandon(door);
 }
 
+struct listener *nbd_door_listener(struct nbd_door *door, size_t index)
+{
+	return index < door->entrance_count ? &door->entrances[index]->listener : NULL;
+}
+
 struct nbd_server *nbd_door_server(struct nbd_door *door)
 {
 	return &door->server;

@@ -13,6 +13,7 @@
 #include "daemon/export.h"
 #include "rt/co.h"
 
+struct listener;
 struct nbd_door;
 
 /* Binds all of config->listen, or nothing. config outlives the door. */
@@ -42,6 +43,9 @@ void nbd_door_stop(struct nbd_door *door);
 suspends void nbd_door_close(struct nbd_door *door);
 /* The same when the reactors never ran. NULL is fine. */
 void nbd_door_abandon(struct nbd_door *door);
+
+/* Its sockets, in the order of config->listen; NULL behind the last one. */
+struct listener *nbd_door_listener(struct nbd_door *door, size_t index);
 
 /* For nbd_server_handshakes() and nbd_disconnect(). */
 struct nbd_server *nbd_door_server(struct nbd_door *door);

@@ -18,8 +18,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include <systemd/sd-daemon.h>
-
 #include "base/cleanup.h"
 #include "base/log.h"
 #include "base/util.h"
@@ -427,16 +425,6 @@ static suspends int reload_locked(
 	return 0;
 }
 
-/* The service manager is told of the beginning and the end, on its clock (sd_notify(3), RELOADING=1). */
-static void tell_reloading(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	sd_notifyf(0, "RELOADING=1\nMONOTONIC_USEC=%llu\nSTATUS=Reloading the config",
-		(unsigned long long)now.tv_sec * 1000000 + (unsigned long long)now.tv_nsec / 1000);
-}
-
 suspends int reload(struct daemon *daemon, bool dry_run, json_t **steps, struct err *err)
 {
 	struct reload reload = { .daemon = daemon };
@@ -446,14 +434,16 @@ suspends int reload(struct daemon *daemon, bool dry_run, json_t **steps, struct 
 	if (ret)
 		return ret;
 	if (!dry_run)
-		tell_reloading();
+		keeper_tell(daemon->keeper, KEEPER_RELOADING, "Reloading the config");
 	ret = reload_locked(&reload, dry_run, steps, err);
 	nbd_door_discard(reload.nbd_door);
 	control_discard(reload.control);
 	config_diff_fini(&reload.diff);
 	config_free(reload.next);
+	if (!dry_run)
+		daemon_keep_listeners(daemon);
 	if (!dry_run && !daemon->stopping)
-		sd_notify(0, "READY=1");
+		keeper_tell(daemon->keeper, KEEPER_READY, "%s", "");
 	daemon_end_change(daemon);
 	return ret;
 }

@@ -111,6 +111,10 @@ static enum ctl_exit run_version(struct ctl *ctl, const char **operands, int ope
 			(long long)json_integer_value(json_object_get(info, "pid")),
 			json_string_value(json_object_get(info, "config")),
 			json_string_value(json_object_get(info, "engine")));
+		if (json_integer_value(json_object_get(info, "restarts")))
+			printf("restarted by its keeper: %lld times; the last server: %s\n",
+				(long long)json_integer_value(json_object_get(info, "restarts")),
+				json_string_value(json_object_get(info, "last_end")));
 	}
 	json_decref(info);
 	return status;

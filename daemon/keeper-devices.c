@@ -1,0 +1,385 @@
+/*
+ * The keeper's devices: claimed, changed and given back as the server asks, and held while there is none.
+ *
+ * Everything kernel_dev_*() does may block, some of it until the server has answered requests of the very
+ * device. So each request runs as a job on a thread of its own, one per device at a time, and comes back to the main
+ * thread through a pipe; so does the word of a device's own thread that the driver gave the device up.
+ * A job outlives the server that asked for it: its successor answers the device's requests meanwhile.
+ * A claim whose server died before it was answered is undone, since nobody knows of it.
+ *
+ * What a server may ask for: devices of the kernel's NBD driver that are free (kernel_dev_claim() refuses all
+ * others), under names that udev cannot misunderstand; everything else names a slot, which holds a
+ * device that was claimed here. No request can make the keeper touch anything else.
+ */
+#include <ctype.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "base/cleanup.h"
+#include "base/log.h"
+#include "base/util.h"
+#include "daemon/keeper_private.h"
+#include "daemon/kernel-name.h"
+
+enum event_kind { JOB_DONE, DEV_ENDED };
+
+struct event {
+	enum event_kind kind;
+	int reason;
+	struct held *held;
+};
+
+int devices_init(struct devices *devices)
+{
+	return pipe2(devices->events, O_CLOEXEC) ? -errno : 0;
+}
+
+/* From any thread. Smaller than PIPE_BUF: whole or not at all. */
+static void tell(struct held *held, enum event_kind kind, int reason)
+{
+	const struct event event = { kind, reason, held };
+
+	while (write(held->keeper->devices.events[1], &event, sizeof(event)) < 0 && errno == EINTR)
+		;
+}
+
+static void dev_ended(void *arg, int reason)
+{
+	tell(arg, DEV_ENDED, reason);
+}
+
+/* --- slots ------------------------------------------------------------------------------------ */
+
+static struct held *held_new(struct keeper *keeper)
+{
+	struct devices *devices = &keeper->devices;
+
+	for (uint32_t slot = 0; slot < KEEPER_DEVICES_MAX; slot++) {
+		if (devices->slots[slot])
+			continue;
+		struct held *held = calloc(1, sizeof(*held));
+		if (!held)
+			return NULL;
+		held->keeper = keeper;
+		held->slot = slot;
+		held->journal = -1;
+		devices->slots[slot] = held;
+		devices->count++;
+		return held;
+	}
+	return NULL;
+}
+
+static void held_free(struct held *held)
+{
+	struct devices *devices = &held->keeper->devices;
+
+	devices->slots[held->slot] = NULL;
+	devices->count--;
+	kernel_ends_close(&held->ends);
+	if (held->journal >= 0)
+		close(held->journal);
+	free(held);
+}
+
+static struct held *find(struct keeper *keeper, uint32_t slot)
+{
+	return slot < KEEPER_DEVICES_MAX ? keeper->devices.slots[slot] : NULL;
+}
+
+/* --- what jobs do, on their threads ----------------------------------------------------------- */
+
+static int run_claim(struct held *held, struct err *err)
+{
+	const struct keeper_message *facts = &held->facts;
+	const struct kernel_dev_opts opts = {
+		.device = facts->device,
+		.identifier = held->identifier,
+		.mode = (enum kernel_dev_mode)facts->mode,
+		.size_bytes = facts->size_bytes,
+		.block_size = facts->block_size,
+		.connections = facts->connections,
+		.timeout_s = facts->timeout_s,
+		.dead_timeout_s = facts->dead_timeout_s,
+		.flags = (uint16_t)facts->flags,
+	};
+
+	return kernel_dev_claim(&opts, dev_ended, held, &held->dev, &held->ends, err);
+}
+
+static int run_settle(struct held *held, struct err *err)
+{
+	struct err unnamed = { 0 };
+	int named = kernel_name_publish(kernel_dev_name(held->dev), held->facts.export, &unnamed);
+	int ret = kernel_dev_settle(held->dev, err);
+
+	if (ret || !named)
+		return ret;
+	*err = unnamed;
+	return named;
+}
+
+static int run_resize(struct held *held, struct err *err)
+{
+	return kernel_dev_resize(held->dev, held->job.request.size_bytes, err);
+}
+
+static int run_users(struct held *held, struct err *err)
+{
+	return kernel_dev_users(held->dev, err);
+}
+
+static int run_release(struct held *held, struct err *err)
+{
+	return kernel_dev_release(held->dev, held->job.request.force, err);
+}
+
+static int run_free(struct held *held, struct err *err)
+{
+	kernel_name_forget(kernel_dev_name(held->dev));
+	kernel_dev_free(held->dev);
+	return 0;
+}
+
+static void *job_thread(void *arg)
+{
+	struct held *held = arg;
+
+	held->job.ret = held->job.run(held, &held->job.err);
+	tell(held, JOB_DONE, 0);
+	return NULL;
+}
+
+static int job_start(
+	struct held *held, const struct keeper_message *request, uint64_t server, job_fn *run)
+{
+	pthread_attr_t attr;
+	pthread_t thread;
+
+	held->job = (struct job){ .run = run, .running = true, .server = server };
+	if (request)
+		held->job.request = *request;
+	pthread_attr_init(&attr);
+	pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
+	int ret = pthread_create(&thread, &attr, job_thread, held);
+	pthread_attr_destroy(&attr);
+	held->job.running = !ret;
+	return -ret;
+}
+
+/* --- answers ---------------------------------------------------------------------------------- */
+
+static void refuse(
+	struct keeper *keeper, const struct keeper_message *request, int code, const char *text)
+{
+	struct keeper_message answer = { .id = request->id, .ret = -code };
+
+	snprintf(answer.text, sizeof(answer.text), "%s", text);
+	keeper_say(keeper, KEEPER_ANSWER, &answer, NULL, 0);
+}
+
+/* A device with what the server needs to serve it. */
+static void hand_out(struct held *held, uint32_t id, bool journal)
+{
+	struct keeper_message answer = held->facts;
+	int fds[KEEPER_FDS_MAX];
+	unsigned count = 0;
+
+	for (unsigned i = 0; i < held->ends.count; i++)
+		fds[count++] = held->ends.server[i];
+	for (unsigned i = 0; i < held->ends.count; i++)
+		fds[count++] = held->ends.driver[i];
+	if (journal && held->journal >= 0)
+		fds[count++] = held->journal;
+	answer.id = id;
+	answer.ret = 0;
+	answer.slot = held->slot;
+	answer.connections = held->ends.count;
+	answer.ended = held->ended ? 1 + (uint32_t)held->end_reason : 0;
+	snprintf(answer.device, sizeof(answer.device), "%s", kernel_dev_name(held->dev));
+	keeper_say(held->keeper, KEEPER_ANSWER, &answer, fds, count);
+}
+
+static void answer_job(struct held *held)
+{
+	const struct job *job = &held->job;
+	struct keeper_message answer = { .id = job->request.id, .ret = job->ret };
+
+	if (job->server != held->keeper->server_id)
+		return;
+	if (job->ret)
+		snprintf(answer.text, sizeof(answer.text), "%s", job->err.text);
+	if (job->run == run_claim && !job->ret)
+		hand_out(held, job->request.id, false);
+	else
+		keeper_say(held->keeper, KEEPER_ANSWER, &answer, NULL, 0);
+}
+
+static void job_done(struct held *held)
+{
+	struct job *job = &held->job;
+
+	job->running = false;
+	if (job->run == run_resize && !job->ret)
+		held->facts.size_bytes = job->request.size_bytes;
+	if (job->run == run_claim && !job->ret && job->server != held->keeper->server_id) {
+		job->server = 0;
+		if (!job_start(held, NULL, 0, run_free))
+			return;
+	}
+	answer_job(held);
+	if (job->run == run_free || (job->run == run_claim && job->ret))
+		held_free(held);
+}
+
+static void ended(struct held *held, int reason)
+{
+	const struct keeper_message word = { .slot = held->slot, .ret = -reason };
+
+	held->ended = true;
+	held->end_reason = reason;
+	keeper_say(held->keeper, KEEPER_ENDED, &word, NULL, 0);
+}
+
+void devices_events(struct keeper *keeper)
+{
+	struct event event;
+
+	if (read(keeper->devices.events[0], &event, sizeof(event)) != sizeof(event))
+		return;
+	if (event.kind == JOB_DONE)
+		job_done(event.held);
+	else
+		ended(event.held, event.reason);
+}
+
+/* --- requests --------------------------------------------------------------------------------- */
+
+/* As the config has them; udev makes links of these names. */
+static bool export_name_ok(const char *name)
+{
+	if (!isalnum((unsigned char)*name))
+		return false;
+	for (; *name; name++)
+		if (!isalnum((unsigned char)*name) && !strchr("-_.:+@", *name))
+			return false;
+	return true;
+}
+
+static bool device_ok(const char *device)
+{
+	static const char prefix[] = "/dev/nbd";
+	const char *number = device + strlen(prefix);
+
+	if (!strcmp(device, "auto"))
+		return true;
+	return !strncmp(device, prefix, strlen(prefix)) && *number && strlen(number) <= 6 &&
+	       !number[strspn(number, "0123456789")];
+}
+
+static const struct held *find_export(const struct devices *devices, const char *export)
+{
+	for (size_t i = 0; i < KEEPER_DEVICES_MAX; i++)
+		if (devices->slots[i] && !strcmp(devices->slots[i]->facts.export, export))
+			return devices->slots[i];
+	return NULL;
+}
+
+static void claim(
+	struct keeper *keeper, const struct keeper_message *request, struct keeper_fds *fds)
+{
+	if (!device_ok(request->device)) {
+		char text[128];
+		snprintf(text, sizeof(text), "device \"%s\": must be \"/dev/nbdN\" or \"auto\"",
+			request->device);
+		return refuse(keeper, request, EINVAL, text);
+	}
+	if (!export_name_ok(request->export) || !request->connections || fds->count > 1)
+		return refuse(keeper, request, EINVAL, "the keeper does not understand the claim");
+	if (find_export(&keeper->devices, request->export))
+		return refuse(
+			keeper, request, EBUSY, "the keeper has a device of this name already");
+	struct held *held = held_new(keeper);
+	if (!held)
+		return refuse(
+			keeper, request, ENOSPC, "the keeper holds as many devices as it can");
+	held->facts = *request;
+	held->facts.restarts = 0;
+	if (fds->count)
+		held->journal = fds->fd[--fds->count];
+	snprintf(held->identifier, sizeof(held->identifier), "blkstack:%s", request->export);
+	if (job_start(held, request, keeper->server_id, run_claim)) {
+		held_free(held);
+		refuse(keeper, request, EAGAIN, "the keeper cannot start a thread");
+	}
+}
+
+static void next(struct keeper *keeper, const struct keeper_message *request)
+{
+	for (uint32_t slot = request->slot; slot < KEEPER_DEVICES_MAX; slot++) {
+		struct held *held = keeper->devices.slots[slot];
+		bool claiming = held && (!held->dev || held->job.run == run_claim) &&
+				held->job.running;
+
+		if (!held || claiming || held->job.run == run_free)
+			continue;
+		held->facts.restarts++; /* the servers that got it after the one that claimed it */
+		return hand_out(held, request->id, true);
+	}
+	refuse(keeper, request, ENOENT, "no more devices");
+}
+
+static void change(struct keeper *keeper, const struct keeper_message *request)
+{
+	static job_fn *const runs[KEEPER_WORDS] = {
+		[KEEPER_SETTLE] = run_settle,
+		[KEEPER_RESIZE] = run_resize,
+		[KEEPER_USERS] = run_users,
+		[KEEPER_RELEASE] = run_release,
+		[KEEPER_FREE] = run_free,
+	};
+	struct held *held = find(keeper, request->slot);
+
+	if (!held || !held->dev)
+		return refuse(keeper, request, ENOENT, "the keeper has no such device");
+	if (held->job.running)
+		return refuse(keeper, request, EBUSY, "the device is being changed already");
+	if (job_start(held, request, keeper->server_id, runs[request->word]))
+		refuse(keeper, request, EAGAIN, "the keeper cannot start a thread");
+}
+
+void devices_request(
+	struct keeper *keeper, const struct keeper_message *request, struct keeper_fds *fds)
+{
+	if (request->word == KEEPER_CLAIM)
+		claim(keeper, request, fds);
+	else if (request->word == KEEPER_NEXT)
+		next(keeper, request);
+	else
+		change(keeper, request);
+}
+
+/* --- the end ---------------------------------------------------------------------------------- */
+
+void devices_free(struct keeper *keeper)
+{
+	struct devices *devices = &keeper->devices;
+
+	for (size_t i = 0; i < KEEPER_DEVICES_MAX; i++) {
+		struct held *held = devices->slots[i];
+
+		/* What hangs in a job waits for requests that nobody answers any more. */
+		if (!held || !held->dev || held->job.running)
+			continue;
+		if (!held->ended)
+			log_error("keeper: %s of export \"%s\" is disconnected without its server: "
+				  "what was not written is lost",
+				kernel_dev_name(held->dev), held->facts.export);
+		run_free(held, NULL);
+		held_free(held);
+	}
+}

@@ -1,0 +1,563 @@
+/*
+ * The keeper's main thread: signals, the server's life, the service manager; see keeper.h.
+ *
+ *	STARTING --READY--> SERVING --STOPPING--> STOPPING --> the keeper ends with its status
+ *	    |                  |  \----PARKED----> PARKED ---> the next program is started
+ *	    \------- died -----+--> back-off, the same program is started again
+ *
+ * A first server that ends before it was ready has failed to start: its status is the keeper's. One that
+ * dies later is replaced: at once the first time, then after pauses that grow while servers die early.
+ * After EARLY_DEATHS_MAX of these in a row the keeper stops trying and only holds the devices, whose I/O waits:
+ * the files below may need a hand first. SIGHUP or SIGUSR1 makes it try again.
+ *
+ * An upgrade is an end with PARKED followed by the program that stands in the file system now. If that one is not
+ * ready in good time it is killed and the old one, whose file is kept open, comes back.
+ *
+ * Failure modes: the keeper allocates when a device is claimed and when a server is started, and survives not
+ * getting it. Its own death ends the server, and devices that were attached by ioctl.
+ */
+#include "daemon/keeper.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <systemd/sd-daemon.h>
+
+#include "base/log.h"
+#include "base/util.h"
+#include "daemon/keeper_private.h"
+#include "daemon/kernel.h"
+#include "daemon/listen.h"
+
+#define NS_PER_SEC       UINT64_C(1000000000)
+#define EARLY_NS         (2 * NS_PER_SEC) /* a server that lives longer did not die of its start */
+#define PAUSE_MIN_NS     (NS_PER_SEC / 10)
+#define PAUSE_MAX_NS     (10 * NS_PER_SEC)
+#define EARLY_DEATHS_MAX 8
+#define UPGRADE_NS       (60 * NS_PER_SEC) /* for the new program to be ready */
+#define NEVER            UINT64_MAX
+
+enum phase { STARTING, SERVING, STOPPING, PARKED };
+
+/* Of the servers, one after the other. */
+struct life {
+	struct keeper keeper;
+	char *const *argv;
+	int signals;      /* a signalfd */
+	char path[4096];  /* of the program; what stands there later is the upgrade */
+	int program;      /* the one that works */
+	int upgrade;      /* the one that is being tried, or -1 */
+	enum phase phase; /* of the server that runs or ran last */
+	uint64_t started_ns, start_at_ns, upgrade_until_ns;
+	unsigned early_deaths; /* in a row */
+	uint32_t restarts;
+	char last_end[KEEPER_TEXT_LEN];
+	bool told_ready, stop_wanted, done;
+	int status; /* of the keeper, once done */
+
+	uint64_t watchdog_ns; /* the service manager's; 0: none */
+	uint64_t alive_ns, fed_ns;
+};
+
+static uint64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * NS_PER_SEC + (uint64_t)now.tv_nsec;
+}
+
+void keeper_say(struct keeper *keeper, enum keeper_word word, const struct keeper_message *said,
+	const int *fds, unsigned fd_count)
+{
+	struct keeper_message message = *said;
+
+	message.word = word;
+	message.version = KEEPER_VERSION;
+	if (keeper->sock < 0)
+		return;
+	int ret = keeper_send(keeper->sock, &message, fds, fd_count);
+	if (!ret || ret == -EPIPE || ret == -ECONNRESET)
+		return;
+	/* It waits for this answer, or has not read for ages. */
+	log_error("keeper: the server does not listen: %s; killing it", strerror(-ret));
+	kill(keeper->server, SIGKILL);
+}
+
+/* --- starting a server ------------------------------------------------------------------------ */
+
+static void start_server(struct life *life)
+{
+	struct keeper *keeper = &life->keeper;
+	int pair[2];
+
+	life->start_at_ns = NEVER;
+	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair)) {
+		log_error("keeper: socketpair: %s", strerror(errno));
+		life->start_at_ns = now_ns() + NS_PER_SEC;
+		return;
+	}
+	const struct keeper_spawn spawn = {
+		.program = life->upgrade >= 0 ? life->upgrade : life->program,
+		.argv = life->argv,
+		.sock = pair[1],
+		.listeners = &keeper->listeners,
+	};
+	pid_t pid = keeper_spawn(&spawn);
+	close(pair[1]);
+	if (pid < 0) {
+		close(pair[0]);
+		log_error("keeper: cannot start a server: %s", strerror(-pid));
+		life->start_at_ns = now_ns() + NS_PER_SEC;
+		return;
+	}
+	fcntl(pair[0], F_SETFL, O_NONBLOCK);
+	keeper->server = pid;
+	keeper->server_id++;
+	keeper->sock = pair[0];
+	life->phase = STARTING;
+	life->started_ns = life->alive_ns = now_ns();
+	life->upgrade_until_ns = life->upgrade >= 0 ? life->started_ns + UPGRADE_NS : NEVER;
+}
+
+/* --- the end of a server ---------------------------------------------------------------------- */
+
+static void describe_end(int status, char *text, size_t text_len_bytes)
+{
+	if (WIFSIGNALED(status))
+		snprintf(text, text_len_bytes, "killed by SIG%s",
+			sigabbrev_np(WTERMSIG(status)) ? sigabbrev_np(WTERMSIG(status)) : "?");
+	else
+		snprintf(text, text_len_bytes, "ended with status %d", WEXITSTATUS(status));
+}
+
+static void finish(struct life *life, int status)
+{
+	life->done = true;
+	life->status = status;
+}
+
+static void set_status_line(const char *text)
+{
+	char line[KEEPER_TEXT_LEN];
+	size_t len = 0;
+
+	/* One line: what the server says is no word of ours to the service manager. */
+	for (; *text && len + 1 < sizeof(line); text++)
+		line[len++] = (unsigned char)*text < ' ' ? ' ' : *text;
+	line[len] = '\0';
+	sd_notifyf(0, "STATUS=%s", line);
+}
+
+/* It says that nothing serves now, where somebody looks. */
+static void stop_trying(struct life *life)
+{
+	char text[KEEPER_TEXT_LEN];
+
+	if (!life->keeper.devices.count && !life->told_ready)
+		return finish(life, EXIT_FAILURE);
+	snprintf(text, sizeof(text),
+		"NOT SERVING: the server died %u times in a row, %s. %u kernel device%s held and "
+		"wait%s. Try again with SIGHUP to this process",
+		life->early_deaths, life->last_end, life->keeper.devices.count,
+		life->keeper.devices.count == 1 ? " is" : "s are",
+		life->keeper.devices.count == 1 ? "s" : "");
+	log_error("keeper: %s (pid %d)", text, (int)getpid());
+	set_status_line(text);
+	life->start_at_ns = NEVER;
+}
+
+static void replace_dead(struct life *life)
+{
+	uint64_t now = now_ns();
+	uint64_t pause_ns = 0;
+
+	life->restarts++;
+	life->early_deaths = now - life->started_ns < EARLY_NS ? life->early_deaths + 1 : 0;
+	if (life->early_deaths > 1)
+		pause_ns = MIN(PAUSE_MIN_NS << (life->early_deaths - 2), PAUSE_MAX_NS);
+	log_error("keeper: the server died: %s; %u kernel device%s held; starting it again%s",
+		life->last_end, life->keeper.devices.count,
+		life->keeper.devices.count == 1 ? " is" : "s are", pause_ns ? " soon" : "");
+	if (life->early_deaths >= EARLY_DEATHS_MAX)
+		stop_trying(life);
+	else
+		life->start_at_ns = now + pause_ns;
+}
+
+/* The new program does not work: the old one comes back. */
+static void forget_upgrade(struct life *life, const char *why)
+{
+	log_error("keeper: the new program is not used: it %s; going back to the old one", why);
+	snprintf(life->last_end, sizeof(life->last_end),
+		"upgrade failed: the new program %s; this is the old one", why);
+	close(life->upgrade);
+	life->upgrade = -1;
+	life->restarts++;
+	life->start_at_ns = now_ns();
+}
+
+static void server_ended(struct life *life, int status)
+{
+	bool failed_to_start = life->phase == STARTING && !life->told_ready && WIFEXITED(status);
+	char text[64];
+
+	describe_end(status, text, sizeof(text));
+	if (life->phase == STOPPING || (failed_to_start && !life->restarts)) {
+		if (WIFSIGNALED(status))
+			log_error("keeper: the server was %s while it stopped", text);
+		return finish(life, WIFEXITED(status) ? WEXITSTATUS(status) : EXIT_FAILURE);
+	}
+	if (life->phase == PARKED) {
+		life->start_at_ns = now_ns();
+		return;
+	}
+	if (life->upgrade >= 0)
+		return forget_upgrade(life, text);
+	snprintf(life->last_end, sizeof(life->last_end), "%s", text);
+	if (life->stop_wanted) {
+		log_error("keeper: the server died before it could be stopped: %s", text);
+		return finish(life, EXIT_FAILURE);
+	}
+	replace_dead(life);
+}
+
+/* --- what the server says --------------------------------------------------------------------- */
+
+static void stop_server(struct life *life)
+{
+	const struct keeper_message word = {};
+
+	/* One that took over is ready first: else nobody would write back what the kernel has. */
+	if (life->phase == STARTING && life->restarts)
+		return;
+	keeper_say(&life->keeper, KEEPER_STOP, &word, NULL, 0);
+}
+
+static void server_ready(struct life *life)
+{
+	life->phase = SERVING;
+	life->alive_ns = now_ns();
+	if (life->upgrade >= 0) {
+		log_info("keeper: the new program serves");
+		close(life->program);
+		life->program = life->upgrade;
+		life->upgrade = -1;
+		life->upgrade_until_ns = NEVER;
+	}
+	life->told_ready = true;
+	sd_notify(0, "READY=1");
+	if (life->stop_wanted)
+		stop_server(life);
+}
+
+static void hello(struct life *life, const struct keeper_message *request)
+{
+	struct keeper_message answer = {
+		.id = request->id,
+		.restarts = life->restarts,
+		.watchdog_ns = life->watchdog_ns,
+	};
+
+	if (request->version != KEEPER_VERSION) {
+		answer.ret = -EPROTO;
+		snprintf(answer.text, sizeof(answer.text),
+			"the keeper speaks version %d, this server version %u: they were installed "
+			"together, so restart the service",
+			KEEPER_VERSION, request->version);
+	} else {
+		snprintf(answer.text, sizeof(answer.text), "%s", life->last_end);
+	}
+	keeper_say(&life->keeper, KEEPER_ANSWER, &answer, NULL, 0);
+}
+
+static void prepare_upgrade(struct life *life, const struct keeper_message *request)
+{
+	struct keeper_message answer = { .id = request->id };
+	int program = open(life->path, O_PATH | O_CLOEXEC);
+
+	if (program < 0 || faccessat(program, "", X_OK, AT_EMPTY_PATH | AT_EACCESS)) {
+		answer.ret = -errno;
+		snprintf(answer.text, sizeof(answer.text), "%s: %s", life->path, strerror(errno));
+		if (program >= 0)
+			close(program);
+	} else {
+		if (life->upgrade >= 0)
+			close(life->upgrade);
+		life->upgrade = program;
+	}
+	keeper_say(&life->keeper, KEEPER_ANSWER, &answer, NULL, 0);
+}
+
+static void keep(struct life *life, const struct keeper_message *request, struct keeper_fds *fds)
+{
+	struct keeper_message answer = { .id = request->id, .ret = -EINVAL };
+	struct listeners *listeners = &life->keeper.listeners;
+
+	if (fds->count == 1)
+		answer.ret = listeners_add(listeners, fds->fd[0], LISTEN_KEPT);
+	if (!answer.ret)
+		fds->count = 0;
+	keeper_say(&life->keeper, KEEPER_ANSWER, &answer, NULL, 0);
+}
+
+static void forget(struct life *life, const struct keeper_message *request)
+{
+	const struct keeper_message answer = { .id = request->id };
+
+	listeners_forget(&life->keeper.listeners);
+	keeper_say(&life->keeper, KEEPER_ANSWER, &answer, NULL, 0);
+}
+
+static void handle(struct life *life, const struct keeper_message *said, struct keeper_fds *fds)
+{
+	switch (said->word) {
+	case KEEPER_HELLO:
+		return hello(life, said);
+	case KEEPER_NEXT:
+	case KEEPER_CLAIM:
+	case KEEPER_SETTLE:
+	case KEEPER_RESIZE:
+	case KEEPER_USERS:
+	case KEEPER_RELEASE:
+	case KEEPER_FREE:
+		return devices_request(&life->keeper, said, fds);
+	case KEEPER_FORGET:
+		return forget(life, said);
+	case KEEPER_KEEP:
+		return keep(life, said, fds);
+	case KEEPER_UPGRADE:
+		return prepare_upgrade(life, said);
+	case KEEPER_READY:
+		return server_ready(life);
+	case KEEPER_STATUS:
+		return set_status_line(said->text);
+	case KEEPER_RELOADING:
+		sd_notifyf(0, "RELOADING=1\nMONOTONIC_USEC=%llu",
+			(unsigned long long)(now_ns() / 1000));
+		return;
+	case KEEPER_ALIVE:
+		life->alive_ns = now_ns();
+		return;
+	case KEEPER_STOPPING:
+		life->phase = STOPPING;
+		sd_notify(0, "STOPPING=1\nSTATUS=Finishing requests in flight");
+		return;
+	case KEEPER_PARKED:
+		life->phase = PARKED;
+		return;
+	}
+}
+
+/* All that has come; then a death can be judged by the last words. */
+static void hear_server(struct life *life)
+{
+	struct keeper *keeper = &life->keeper;
+	struct keeper_message said;
+	struct keeper_fds fds;
+	int ret;
+
+	while ((ret = keeper_receive(keeper->sock, &said, &fds)) > 0) {
+		handle(life, &said, &fds);
+		keeper_fds_close(&fds);
+	}
+	if (ret == -EPROTO)
+		log_error("keeper: the server talks nonsense; killing it");
+	if ((!ret || ret == -EPROTO) && keeper->server)
+		kill(keeper->server, SIGKILL); /* it ends anyhow, or should */
+}
+
+/* --- signals ---------------------------------------------------------------------------------- */
+
+static void reap_server(struct life *life)
+{
+	struct keeper *keeper = &life->keeper;
+	int status;
+
+	if (!keeper->server || waitpid(keeper->server, &status, WNOHANG) != keeper->server)
+		return;
+	hear_server(life);
+	close(keeper->sock);
+	keeper->sock = -1;
+	keeper->server = 0;
+	server_ended(life, status);
+}
+
+static void try_again(struct life *life)
+{
+	log_info("keeper: trying again to start a server");
+	life->early_deaths = 0;
+	life->start_at_ns = now_ns();
+}
+
+static void stop(struct life *life)
+{
+	life->stop_wanted = true;
+	if (life->keeper.server)
+		stop_server(life);
+	else if (life->start_at_ns == NEVER || life->start_at_ns > now_ns())
+		try_again(life); /* it writes back and gives back */
+}
+
+static void handle_signals(struct life *life)
+{
+	struct signalfd_siginfo info;
+	const struct keeper_message word = {};
+
+	while (read(life->signals, &info, sizeof(info)) == sizeof(info)) {
+		switch (info.ssi_signo) {
+		case SIGCHLD:
+			reap_server(life);
+			break;
+		case SIGTERM:
+		case SIGINT:
+			stop(life);
+			break;
+		default:
+			if (!life->keeper.server)
+				try_again(life);
+			else if (info.ssi_signo == SIGHUP)
+				keeper_say(&life->keeper, KEEPER_RELOAD, &word, NULL, 0);
+		}
+	}
+}
+
+static int watch_signals(struct life *life)
+{
+	static const int numbers[] = { SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGCHLD };
+	sigset_t set;
+
+	sigemptyset(&set);
+	for (size_t i = 0; i < ARRAY_LEN(numbers); i++)
+		sigaddset(&set, numbers[i]);
+	signal(SIGPIPE, SIG_IGN);
+	if (sigprocmask(SIG_BLOCK, &set, NULL))
+		return -errno;
+	life->signals = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
+	return life->signals < 0 ? -errno : 0;
+}
+
+/* --- time ------------------------------------------------------------------------------------- */
+
+/*
+ * The service manager's watchdog would end the keeper, and with it the devices, for a server that hangs. So
+ * the keeper kills that server in time and starts another one, which users of the devices do not notice.
+ */
+static void look_after_watchdog(struct life *life, uint64_t now)
+{
+	if (!life->watchdog_ns)
+		return;
+	if (life->keeper.server && life->phase == SERVING &&
+		now - life->alive_ns >= life->watchdog_ns) {
+		log_error("keeper: the server has not moved for %u s; killing it",
+			(unsigned)(life->watchdog_ns / NS_PER_SEC));
+		kill(life->keeper.server, SIGKILL);
+		life->alive_ns = now;
+	}
+	if (now - life->fed_ns >= life->watchdog_ns / 4) {
+		sd_notify(0, "WATCHDOG=1");
+		life->fed_ns = now;
+	}
+}
+
+static void look_at_clock(struct life *life)
+{
+	uint64_t now = now_ns();
+
+	if (now >= life->upgrade_until_ns) {
+		life->upgrade_until_ns = NEVER;
+		log_error("keeper: the new program is not ready after %u s; killing it",
+			(unsigned)(UPGRADE_NS / NS_PER_SEC));
+		kill(life->keeper.server, SIGKILL);
+	}
+	if (!life->keeper.server && now >= life->start_at_ns)
+		start_server(life);
+	look_after_watchdog(life, now);
+}
+
+static int poll_timeout_ms(const struct life *life)
+{
+	uint64_t now = now_ns(), until = life->upgrade_until_ns;
+
+	if (!life->keeper.server)
+		until = MIN(until, life->start_at_ns);
+	if (life->watchdog_ns)
+		until = MIN(until, life->fed_ns + life->watchdog_ns / 4);
+	if (until == NEVER)
+		return -1;
+	return until <= now ? 0 : (int)MIN((until - now) / 1000000 + 1, UINT64_C(60000));
+}
+
+/* --- the whole -------------------------------------------------------------------------------- */
+
+static void turn(struct life *life)
+{
+	struct pollfd fds[] = {
+		{ .fd = life->signals, .events = POLLIN },
+		{ .fd = life->keeper.devices.events[0], .events = POLLIN },
+		{ .fd = life->keeper.sock, .events = POLLIN },
+	};
+
+	if (poll(fds, ARRAY_LEN(fds), poll_timeout_ms(life)) > 0) {
+		if (fds[1].revents)
+			devices_events(&life->keeper);
+		if (fds[2].revents)
+			hear_server(life);
+		if (fds[0].revents)
+			handle_signals(life);
+	}
+	if (!life->done)
+		look_at_clock(life);
+}
+
+static int init(struct life *life)
+{
+	uint64_t watchdog_us = 0;
+	ssize_t len = readlink("/proc/self/exe", life->path, sizeof(life->path) - 1);
+
+	if (len < 0)
+		return -errno;
+	life->program = open("/proc/self/exe", O_PATH | O_CLOEXEC);
+	if (life->program < 0)
+		return -errno;
+	if (sd_watchdog_enabled(1, &watchdog_us) > 0)
+		life->watchdog_ns = watchdog_us * 1000 / 2;
+	listeners_init(&life->keeper.listeners);
+	int ret = devices_init(&life->keeper.devices);
+	return ret ? ret : watch_signals(life);
+}
+
+int keeper_run(char *const *argv)
+{
+	struct life *life = calloc(1, sizeof(*life));
+	struct err err;
+
+	if (!life)
+		return EXIT_FAILURE;
+	*life = (struct life){
+		.keeper.sock = -1, .argv = argv, .upgrade = -1, .upgrade_until_ns = NEVER
+	};
+	prctl(PR_SET_NAME, "blkstackd"); /* who attached the devices, for all who look */
+	if (kernel_guard_reclaim(true, &err))
+		log_debug("keeper: %s", err.text); /* the server warns, if it has devices */
+	int ret = init(life);
+	if (ret) {
+		log_error("keeper: cannot start: %s", strerror(-ret));
+		return EXIT_FAILURE;
+	}
+	while (!life->done)
+		turn(life);
+	devices_free(&life->keeper);
+	return life->status;
+}

@@ -1,0 +1,103 @@
+/*
+ * What keeper.c and the other files of the keeper, keeper-*.c, share. Everything belongs to the main thread, but for
+ * the job of a device while it runs.
+ */
+#pragma once
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#include "daemon/kernel-dev.h"
+#include "daemon/keeper-wire.h"
+
+struct keeper;
+struct held;
+
+/* --- devices: keeper-devices.c ---------------------------------------------------------------- */
+
+typedef int job_fn(struct held *held, struct err *err);
+
+/* What may take long, on a thread of its own. One at a time per device. */
+struct job {
+	job_fn *run;
+	bool running;
+	uint64_t server;               /* which server asked; 0: the keeper itself */
+	struct keeper_message request; /* checked */
+	int ret;
+	struct err err;
+};
+
+struct held {
+	struct keeper *keeper;
+	uint32_t slot;
+	struct kernel_dev *dev; /* NULL while it is being claimed */
+	struct kernel_ends ends;
+	int journal;                 /* the servers' own, never looked into */
+	struct keeper_message facts; /* export, device and sizes as they were claimed or changed */
+	char identifier[KEEPER_EXPORT_LEN + 16];
+	struct job job;
+	bool ended; /* the driver gave it up */
+	int end_reason;
+};
+
+struct devices {
+	struct held *slots[KEEPER_DEVICES_MAX];
+	unsigned count;
+	int events[2]; /* a pipe: what threads tell the main one */
+};
+
+int devices_init(struct devices *devices);
+/* A request about a device; it is answered now or later. Takes what it needs of fds. */
+void devices_request(
+	struct keeper *keeper, const struct keeper_message *request, struct keeper_fds *fds);
+/* The pipe is readable. */
+void devices_events(struct keeper *keeper);
+/* The end: disconnects what is left, without a flush, since nobody serves it. */
+void devices_free(struct keeper *keeper);
+
+/* --- listening sockets: keeper-listeners.c ----------------------------------------------------- */
+
+struct kept_listener {
+	int fd;
+	char name[32]; /* of the service manager's, "" for the server's own */
+};
+
+struct listeners {
+	struct kept_listener items[KEEPER_LISTENERS_MAX];
+	unsigned count;
+};
+
+/* Takes over what the service manager passed. */
+void listeners_init(struct listeners *listeners);
+/* Takes fd over. */
+int listeners_add(struct listeners *listeners, int fd, const char *name);
+/* Those that listeners_add() got as LISTEN_KEPT. */
+void listeners_forget(struct listeners *listeners);
+
+/* --- the server: keeper-spawn.c --------------------------------------------------------------- */
+
+struct keeper_spawn {
+	int program;       /* opened with O_PATH: stays what it is when the file is replaced */
+	char *const *argv; /* of the server, without the number of its socket */
+	int sock;          /* the server's end */
+	const struct listeners *listeners;
+};
+
+/* The pid, or -errno. The new process has the listeners from descriptor 3 on, then sock. */
+pid_t keeper_spawn(const struct keeper_spawn *spawn);
+
+/* --- the whole: keeper.c ---------------------------------------------------------------------- */
+
+struct keeper {
+	struct devices devices;
+	struct listeners listeners;
+	pid_t server;       /* 0: none runs */
+	uint64_t server_id; /* counts servers, from 1 */
+	int sock;           /* to the server that runs, or -1 */
+};
+
+/* To the server that is there now; lost when there is none. */
+void keeper_say(struct keeper *keeper, enum keeper_word word, const struct keeper_message *said,
+	const int *fds, unsigned fd_count);

@@ -1,0 +1,62 @@
+/*
+ * A kernel device as a door has it, whoever holds it: this process, on threads, or the keeper, which holds
+ * it beyond this process's death.
+ *
+ * All functions run in coroutines on one reactor, the main one. One call for a device at a time.
+ */
+#pragma once
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "base/err.h"
+#include "daemon/keeper-link.h"
+#include "daemon/kernel-dev.h"
+#include "rt/lock.h"
+#include "rt/reactor.h"
+
+struct kernel_hold {
+	struct keeper_link *keeper; /* NULL: held by this process */
+	const char *export;         /* its name; lives as long as the hold */
+	struct kernel_dev_opts opts;
+	char name[KERNEL_NAME_LEN]; /* "nbd0", once claimed */
+	struct kernel_ends ends;    /* the door's to use and to close */
+	int journal;         /* memory for whoever serves next, kept with the device; -1: none */
+	unsigned taken_over; /* servers that had it before this one */
+
+	bool ended; /* the driver gave it up */
+	int end_reason;
+	void (*on_end)(struct kernel_hold *hold);
+	struct co_queue end;
+
+	struct kernel_dev *dev; /* held here */
+	struct reactor *reactor;
+	struct task ended_task;
+	struct keeper_device kept; /* held there */
+};
+
+/* Sets export, keeper, on_end and opts; nothing is held yet. */
+void kernel_hold_init(struct kernel_hold *hold, struct keeper_link *keeper, const char *export,
+	const struct kernel_dev_opts *opts, void (*on_end)(struct kernel_hold *hold));
+
+/* As kernel_dev_claim(). The keeper keeps hold->journal too, which must be set then. */
+suspends int kernel_hold_claim(struct kernel_hold *hold, struct err *err);
+
+/*
+ * The first device that the keeper holds in slot *slot or later, which becomes the slot behind it; -ENOENT: no more.
+ * hold is as after a claim, but for hold->export, which is to be set to the name in export_name.
+ */
+suspends int kernel_hold_take_over(struct kernel_hold *hold, struct keeper_link *keeper,
+	uint32_t *slot, char export_name[KEEPER_EXPORT_LEN], struct err *err);
+
+/* As kernel_dev_settle(), and the device's name is made known to udev. */
+suspends int kernel_hold_settle(struct kernel_hold *hold, struct err *err);
+suspends int kernel_hold_resize(struct kernel_hold *hold, uint64_t size_bytes, struct err *err);
+/* As kernel_dev_users(). */
+suspends int kernel_hold_check_unused(struct kernel_hold *hold, struct err *err);
+suspends int kernel_hold_release(struct kernel_hold *hold, bool force, struct err *err);
+
+/* Disconnects if need be, and returns when nothing is held any more. Closes the ends. */
+suspends void kernel_hold_free(struct kernel_hold *hold);
+/* The keeper goes on holding it. Closes the ends. */
+void kernel_hold_leave(struct kernel_hold *hold);
