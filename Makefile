@@ -19,7 +19,7 @@ PKG_CONFIG ?= pkg-config
 LIB_PKGS    := jansson liburing zlib libzstd
 # Not linked, but loaded when needed: lib/base/library.h.
 LOADED_PKGS := gnutls libnbd
-DAEMON_PKGS := libconfig libsystemd
+DAEMON_PKGS := libconfig libsystemd libmnl
 IMG_PKGS    := nettle
 TEST_PKGS   := check gnutls
 
@@ -64,7 +64,7 @@ FUZZ_SRC   := $(wildcard tests/fuzz/*.c)
 
 LIB_OBJ    := $(LIB_SRC:%.c=$O/%.o)
 DAEMON_OBJ := $(DAEMON_SRC:%.c=$O/%.o)
-CTL_OBJ    := $(CTL_SRC:%.c=$O/%.o) $O/daemon/kernel-sysfs.o $O/daemon/kernel-users.o
+CTL_OBJ    := $(CTL_SRC:%.c=$O/%.o) $(patsubst %,$O/daemon/kernel-%.o,lock sysfs users)
 IMG_OBJ    := $(IMG_SRC:%.c=$O/%.o)
 
 PROGRAMS := $(if $(wildcard daemon/main.c),$O/blkstackd) $(if $(CTL_SRC),$O/blkstackctl) \
@@ -110,7 +110,9 @@ $(UNITS) $(HELPERS): $O/%: $O/%.o $O/libblkstack.a
 $O/daemon/control.o: daemon/org.blkstack.varlink
 $O/tests/unit/test_varlink $O/tests/fuzz/varlink: $O/daemon/varlink.o
 
-$O/tests/helpers/kernel-device: $(patsubst %,$O/daemon/kernel-%.o,dev sysfs udev users)
+$O/tests/helpers/kernel-device: $(patsubst %,$O/daemon/kernel-%.o,dev dev-ioctl dev-netlink lock netlink \
+	sysfs udev users)
+$O/tests/helpers/kernel-device: LDLIBS += $(DAEMON_LIBS)
 
 $(BENCHES): $O/%: $O/%.o $(BENCH_OBJ)
 	$(call say,LD,$@)

@@ -151,7 +151,10 @@ static enum config_action device_action(
 	if (!*next->device && !same_device)
 		return CONFIG_DETACH;
 	if (now->device_block_size != next->device_block_size ||
-		now->device_timeout_s != next->device_timeout_s)
+		now->device_timeout_s != next->device_timeout_s ||
+		now->device_mode != next->device_mode ||
+		now->device_connections != next->device_connections ||
+		now->device_dead_timeout_s != next->device_dead_timeout_s)
 		return CONFIG_REATTACH;
 	if (same_device || !strcmp(next->device, "auto") || !strcmp(next->device, running->device))
 		return CONFIG_CHANGE;

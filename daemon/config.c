@@ -109,6 +109,9 @@ struct export_settings {
 	struct access_lists allow;
 };
 
+/* In the order of enum kernel_dev_mode. */
+static const char *const device_modes[] = { "auto", "ioctl", "netlink", NULL };
+
 static const struct opt export_options[] = {
 	{ "name", OPT_STRING, offsetof(struct config_export, name), .required = true,
 		.help = "what clients ask for" },
@@ -122,6 +125,14 @@ static const struct opt export_options[] = {
 	{ "device-timeout", OPT_INT, offsetof(struct config_export, device_timeout_s), "0",
 		.min = 0, .max = 86400,
 		.help = "seconds after which a stuck request fails the kernel device; 0: never" },
+	{ "device-mode", OPT_ENUM, offsetof(struct config_export, device_mode), "auto",
+		.choices = device_modes,
+		.help = "how the kernel is told: by netlink, the device outlives the daemon" },
+	{ "device-connections", OPT_INT, offsetof(struct config_export, device_connections), "1",
+		.min = 1, .max = 16, .help = "connections between the kernel and the daemon" },
+	{ "device-dead-timeout", OPT_INT, offsetof(struct config_export, device_dead_timeout_s),
+		"300", .min = 1, .max = 86400,
+		.help = "seconds that requests wait for a daemon that died, by netlink" },
 	{ "read-only", OPT_BOOL, offsetof(struct config_export, read_only), "false",
 		.help = "refuse writes, whatever the layers allow" },
 	{ "tls-required", OPT_BOOL, offsetof(struct config_export, tls_required), "false",

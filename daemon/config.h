@@ -45,6 +45,9 @@ struct config_export {
 	const char *device;         /* "/dev/nbd0", "auto", or "" for no kernel device */
 	uint64_t device_block_size; /* bytes: 512, 1024, 2048, 4096; 0: the stack's, at least 512 */
 	int64_t device_timeout_s;   /* 0: requests of the device may take any time */
+	int device_mode;            /* enum kernel_dev_mode */
+	int64_t device_connections;
+	int64_t device_dead_timeout_s; /* requests of a device whose daemon died wait as long */
 	bool read_only;
 	bool tls_required;          /* whatever the listeners demand */
 	struct access_rules access; /* which NBD clients it is there for */

@@ -304,6 +304,9 @@ static suspends int attach(struct export *export, const char *device, struct err
 		.size_bytes = export->size,
 		.block_size = kernel_block_size(export),
 		.timeout_s = (uint32_t)config->device_timeout_s,
+		.mode = (enum kernel_dev_mode)config->device_mode,
+		.connections = (unsigned)config->device_connections,
+		.dead_timeout_s = (uint32_t)config->device_dead_timeout_s,
 	};
 
 	if (export->kernel)

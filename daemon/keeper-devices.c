@@ -199,6 +199,7 @@ static void hand_out(struct held *held, uint32_t id, bool journal)
 	answer.ret = 0;
 	answer.slot = held->slot;
 	answer.connections = held->ends.count;
+	answer.mode = (uint32_t)kernel_dev_mode(held->dev);
 	answer.ended = held->ended ? 1 + (uint32_t)held->end_reason : 0;
 	snprintf(answer.device, sizeof(answer.device), "%s", kernel_dev_name(held->dev));
 	keeper_say(held->keeper, KEEPER_ANSWER, &answer, fds, count);

@@ -1,22 +1,17 @@
 /*
- * One kernel NBD device, driven by ioctl; see kernel-dev.h. How the driver behaves, and why this is
- * in the order it is in:
+ * One kernel NBD device; see kernel-dev.h. Here is what is the same for both ways to tell the driver, which are
+ * kernel-dev-ioctl.c and kernel-dev-netlink.c.
  *
- * - The first thread that gives the driver a socket (NBD_SET_SOCK) owns the device; later ones get
- *   EBUSY. That thread must do the whole set-up, and NBD_DO_IT keeps it until the end. So: one
- *   thread per device. Size and block size of a device in use could be changed by anybody with
- *   an ioctl, so nothing is set before the socket was accepted.
- * - NBD_SET_SOCK waits for requests in flight, so a device that is visibly connected (`pid` in sysfs)
- *   or exclusively open is not even asked. One that its server left behind, and that is still
- *   open somewhere, lets itself be claimed but refuses NBD_DO_IT (EBUSY, EINVAL): the next one then.
+ * Which way: netlink, where the kernel has it, since such a device and what is mounted on it survive the death of
+ * every process of ours. By ioctl it dies with the process that attached it, but that works on every
+ * kernel, and in containers, whose network namespace the driver's netlink family is not part of.
+ *
  * - Block size defaults to 1024, and time-out, request size and scheduler outlive an attach: all of
  *   them are set every time.
- * - Partitions are read at the first open after NBD_DO_IT began. An ioctl waits for the driver's lock,
- *   which DO_IT holds until the device is whole: that is how we know.
- * - The device is opened read-only: ioctls need a capability, not write access, and an open
- *   writer would keep newer kernels from mounting it.
- * - Our open descriptor keeps the kernel from writing the device's cache back at the last close
- *   of its users, so release() does that.
+ * - Partitions are read at the first open after the attach.
+ * - Newer kernels (6.12) hold new requests back while the size changes, until those in flight are done, with
+ *   the driver's lock held. If those never end, neither does the call, and nothing else gets at the device. So
+ *   requests must be moving before the size is set, and whoever waits hears why.
  */
 #include "daemon/kernel-dev.h"
 
@@ -35,18 +30,24 @@
 #include <unistd.h>
 
 #include "base/cleanup.h"
+#include "base/log.h"
 #include "base/util.h"
+#include "daemon/kernel-dev_private.h"
+#include "daemon/kernel-lock.h"
 #include "daemon/kernel-udev.h"
 #include "daemon/kernel-users.h"
 #include "rt/buf.h"
 
-#define START_TIMEOUT_MS 10000 /* for DO_IT to begin: it takes microseconds on a healthy kernel */
-#define END_TIMEOUT_MS   10000 /* for the server to close its end and DO_IT to return */
+#define END_TIMEOUT_MS 10000 /* for the server to close its ends and the driver to let go */
 #define OPENERS_TIMEOUT_MS \
 	2000 /* udev and friends look at a device for a moment after each change */
-#define POLL_STEP_MS   2
 #define BLOCK_SIZE_MIN 512
 #define BLOCK_SIZE_MAX 4096
+
+#define PROGRESS_TIMEOUT_MS \
+	10000 /* with requests in flight none of which ends: the disk is stalled */
+#define PROGRESS_STEP_MS 10
+#define RESIZE_WORD_S    5 /* a size that takes longer is worth a word, each time */
 
 /*
  * Without us 128 (Linux 6.1) or 1280 (6.12). Larger ones gain nothing more, and one that does not fit a
@@ -60,6 +61,9 @@ _Static_assert(
 /* "Never" where the driver must be given a number: longer than any disk takes that will answer at all. */
 #define SEVERAL_TIMEOUT_S 3600
 
+/* See kernel-dev-netlink.c. Requests that are slow draw a line in the kernel's log as often as this. */
+#define REPLAY_MS "3000"
+
 /*
  * CAN_MULTI_CONN comes with several connections. WRITE_ZEROES means something since Linux 6.8, where a
  * refusal would be an I/O error: the server never refuses it.
@@ -69,28 +73,7 @@ _Static_assert(
 	(NBD_FLAG_HAS_FLAGS | NBD_FLAG_READ_ONLY | NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA | \
 		NBD_FLAG_SEND_TRIM | FLAG_SEND_WRITE_ZEROES)
 
-enum state { CLAIMING, STARTING, RUNNING, ENDED };
-
-struct kernel_dev {
-	struct kernel_dev_opts opts; /* opts.device is not used after the claim */
-	char name[KERNEL_NAME_LEN];
-	int fd; /* the device */
-	int kernel_sock
-		[KERNEL_CONNECTIONS_MAX]; /* the driver's ends: shut down, they end everything */
-	int server_sock[KERNEL_CONNECTIONS_MAX]; /* until handed out */
-
-	pthread_t thread;
-	bool has_thread;
-	void (*on_end)(void *arg, int reason);
-	void *arg;
-
-	pthread_mutex_t mutex; /* of what follows */
-	pthread_cond_t changed;
-	enum state state;
-	struct err claim_err; /* of a claim that failed */
-};
-
-static void sleep_ms(unsigned ms)
+void kernel_dev_sleep_ms(unsigned ms)
 {
 	nanosleep(&(struct timespec){ .tv_sec = ms / 1000, .tv_nsec = ms % 1000 * 1000000L }, NULL);
 }
@@ -102,7 +85,34 @@ const char *kernel_dev_name(const struct kernel_dev *dev)
 
 enum kernel_dev_mode kernel_dev_mode(const struct kernel_dev *dev)
 {
-	return KERNEL_DEV_IOCTL;
+	return dev->how->mode;
+}
+
+static void device_path(const struct kernel_dev *dev, char path[KERNEL_NAME_LEN + 8])
+{
+	snprintf(path, KERNEL_NAME_LEN + 8, "/dev/%s", dev->name);
+}
+
+/* --- connections ------------------------------------------------------------------------------ */
+
+uint64_t kernel_dev_driver_flags(const struct kernel_dev *dev)
+{
+	uint64_t flags = dev->opts.flags & USABLE_FLAGS;
+
+	/* The driver takes FUA alone for a write cache. */
+	if (!(flags & NBD_FLAG_SEND_FLUSH))
+		flags &= ~(uint64_t)NBD_FLAG_SEND_FUA;
+	if (dev->opts.connections > 1)
+		flags |= NBD_FLAG_CAN_MULTI_CONN;
+	return flags;
+}
+
+/* With several connections the driver's "never" means the queue's 30 s, and then it kills them. */
+uint32_t kernel_dev_driver_timeout_s(const struct kernel_dev *dev)
+{
+	if (!dev->opts.timeout_s && dev->opts.connections > 1)
+		return SEVERAL_TIMEOUT_S;
+	return dev->opts.timeout_s;
 }
 
 static void close_fd(int *fd)
@@ -120,29 +130,50 @@ void kernel_ends_close(struct kernel_ends *ends)
 	ends->count = 0;
 }
 
-/* Ends all connections, and with them the device. */
-static void shut_connections(const struct kernel_dev *dev)
+int kernel_dev_connect(struct kernel_dev *dev, struct err *err)
 {
-	for (unsigned i = 0; i < dev->opts.connections; i++)
-		if (dev->kernel_sock[i] >= 0)
-			shutdown(dev->kernel_sock[i], SHUT_RDWR);
+	for (unsigned i = 0; i < dev->opts.connections; i++) {
+		int pair[2];
+
+		if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair))
+			return err_sys(err, errno, "socketpair");
+		dev->kernel_sock[i] = pair[0];
+		dev->server_sock[i] = pair[1];
+	}
+	return 0;
 }
 
-/* --- the device's thread ---------------------------------------------------------------------- */
-
-static void close_claim(struct kernel_dev *dev)
+void kernel_dev_disconnect(struct kernel_dev *dev)
 {
-	close_fd(&dev->fd);
 	for (unsigned i = 0; i < KERNEL_CONNECTIONS_MAX; i++) {
 		close_fd(&dev->kernel_sock[i]);
 		close_fd(&dev->server_sock[i]);
 	}
 }
 
-/* Says why a device is not free as precisely as can be found out; -EBUSY. */
-static int busy(const char *name, struct err *err)
+int kernel_dev_hand_out(struct kernel_dev *dev, struct kernel_ends *ends, struct err *err)
 {
-	pid_t server = kernel_sysfs_server(name);
+	ends->count = 0;
+	for (unsigned i = 0; i < dev->opts.connections; i++) {
+		ends->driver[i] = fcntl(dev->kernel_sock[i], F_DUPFD_CLOEXEC, 0);
+		if (ends->driver[i] < 0) {
+			int ret = err_sys(err, errno, "a socket's descriptor");
+
+			kernel_ends_close(ends);
+			return ret;
+		}
+		ends->server[i] = take_fd(&dev->server_sock[i]);
+		ends->count++;
+	}
+	return 0;
+}
+
+/* --- claiming --------------------------------------------------------------------------------- */
+
+int kernel_dev_busy(const char *name, struct err *err)
+{
+	pid_t keeper = kernel_lock_holder(name, NULL);
+	pid_t server = keeper > 0 ? keeper : kernel_sysfs_server(name);
 	struct err users = { 0 };
 	char path[64], comm[32] = "";
 
@@ -161,129 +192,50 @@ static int busy(const char *name, struct err *err)
 	return err_set(err, EBUSY, "in use%s%s", users.text[0] ? ": " : "", users.text);
 }
 
-static int open_device(struct kernel_dev *dev, struct err *err)
+int kernel_dev_check_free(const char *name, struct err *err)
 {
 	char path[KERNEL_NAME_LEN + 8];
 
-	snprintf(path, sizeof(path), "/dev/%s", dev->name);
-	if (kernel_sysfs_server(dev->name))
-		return busy(dev->name, err);
+	snprintf(path, sizeof(path), "/dev/%s", name);
+	if (kernel_sysfs_server(name))
+		return kernel_dev_busy(name, err);
 
 	/* Mounted, swapped on or held by anything, in whatever namespace: then this fails. */
 	CLEANUP(fd) int exclusive = open(path, O_RDONLY | O_EXCL | O_CLOEXEC);
 
 	if (exclusive < 0 && errno == EBUSY)
-		return busy(dev->name, err);
+		return kernel_dev_busy(name, err);
 	if (exclusive < 0 && errno == ENOENT)
 		return err_set(err, ENODEV, "%s",
-			kernel_sysfs_is_idle(dev->name)
+			kernel_sysfs_is_idle(name)
 				? "the kernel has it but /dev has no node for it"
 				: "no such device: the driver was loaded with fewer (nbds_max)");
 	if (exclusive < 0)
 		return err_sys(err, errno, "open");
-	if (!kernel_sysfs_is_idle(dev->name))
-		return busy(dev->name, err);
-	dev->fd = open(path, O_RDONLY | O_CLOEXEC);
-	return dev->fd < 0 ? err_sys(err, errno, "open") : 0;
+	return kernel_sysfs_is_idle(name) ? 0 : kernel_dev_busy(name, err);
 }
 
-static unsigned long driver_flags(const struct kernel_dev_opts *opts)
+int kernel_dev_lock(struct kernel_dev *dev, struct err *err)
 {
-	unsigned long flags = opts->flags & USABLE_FLAGS;
+	struct kernel_lock_note last;
+	int ret = kernel_lock_take(dev->name, &dev->lock, &last, err);
 
-	if (!(flags & NBD_FLAG_SEND_FLUSH))
-		flags &= ~(
-			unsigned long)NBD_FLAG_SEND_FUA; /* the driver takes it for a write cache */
-	if (opts->connections > 1)
-		flags |= NBD_FLAG_CAN_MULTI_CONN;
-	return flags;
+	return ret == -EBUSY ? ret : 0;
 }
 
-/* What the driver is told: with several connections its "0" means the queue's 30 s, and then it kills them. */
-static uint32_t driver_timeout_s(const struct kernel_dev_opts *opts)
+void kernel_dev_note(const struct kernel_dev *dev)
 {
-	if (!opts->timeout_s && opts->connections > 1)
-		return SEVERAL_TIMEOUT_S;
-	return opts->timeout_s;
+	const struct kernel_lock_note note = {
+		.connections = dev->opts.connections,
+		.attacher = kernel_sysfs_server(dev->name),
+	};
+
+	if (dev->lock >= 0)
+		kernel_lock_note(dev->lock, &note);
 }
 
-static int make_connections(struct kernel_dev *dev, struct err *err)
-{
-	for (unsigned i = 0; i < dev->opts.connections; i++) {
-		int pair[2];
-
-		if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair))
-			return err_sys(err, errno, "socketpair");
-		dev->kernel_sock[i] = pair[0];
-		dev->server_sock[i] = pair[1];
-	}
-	return 0;
-}
-
-static int set_up_device(struct kernel_dev *dev, struct err *err)
-{
-	const struct kernel_dev_opts *opts = &dev->opts;
-	unsigned long flags = driver_flags(opts);
-	uint32_t timeout_s = driver_timeout_s(opts);
-	int ret = make_connections(dev, err);
-
-	if (ret)
-		return ret;
-	for (unsigned i = 0; i < opts->connections; i++)
-		if (ioctl(dev->fd, NBD_SET_SOCK, (unsigned long)dev->kernel_sock[i]))
-			return errno == EBUSY ? busy(dev->name, err)
-					      : err_sys(err, errno, "NBD_SET_SOCK");
-	if (ioctl(dev->fd, NBD_SET_BLKSIZE, (unsigned long)opts->block_size))
-		return err_sys(err, errno, "NBD_SET_BLKSIZE %u", opts->block_size);
-	if (ioctl(dev->fd, NBD_SET_SIZE, (unsigned long)opts->size_bytes))
-		return err_sys(err, errno, "NBD_SET_SIZE %lu", (unsigned long)opts->size_bytes);
-	if (ioctl(dev->fd, NBD_SET_TIMEOUT, (unsigned long)timeout_s))
-		return err_sys(err, errno, "NBD_SET_TIMEOUT %u", timeout_s);
-	if (ioctl(dev->fd, NBD_SET_FLAGS, flags))
-		return err_sys(err, errno, "NBD_SET_FLAGS %#lx", flags);
-	return 0;
-}
-
-/*
- * Claims one device and lends the driver this thread until it gives the device up. -EBUSY while the
- * claim is not handed out: try another one.
- */
-static int run_device(struct kernel_dev *dev, int *reason, struct err *err)
-{
-	int ret = open_device(dev, err);
-
-	if (!ret)
-		ret = set_up_device(dev, err);
-	if (ret)
-		return ret;
-	/* The socket is ours, so nobody else can start this device now: `pid` is a left-over, or ours later. */
-	if (kernel_sysfs_server(dev->name)) {
-		ioctl(dev->fd, NBD_CLEAR_SOCK, 0);
-		return busy(dev->name, err);
-	}
-	pthread_mutex_lock(&dev->mutex);
-	dev->state = STARTING;
-	pthread_cond_broadcast(&dev->changed);
-	pthread_mutex_unlock(&dev->mutex);
-
-	ret = ioctl(dev->fd, NBD_DO_IT, 0) ? errno : 0;
-	ioctl(dev->fd, NBD_CLEAR_SOCK, 0);
-
-	pthread_mutex_lock(&dev->mutex);
-	bool started = dev->state == RUNNING;
-
-	if (!started)
-		dev->state = CLAIMING;
-	pthread_mutex_unlock(&dev->mutex);
-	if (!started && (ret == EBUSY || ret == EINVAL))
-		return busy(dev->name, err);
-	if (!started)
-		return err_sys(err, ret ? ret : EIO, "ended before it was ready");
-	*reason = ret;
-	return 0;
-}
-
-static int claim_first_free(struct kernel_dev *dev, int *reason, struct err *err)
+static int try_all(struct kernel_dev *dev,
+	int (*one)(struct kernel_dev *dev, void *arg, struct err *err), void *arg, struct err *err)
 {
 	CLEANUP(free) unsigned *indices = NULL;
 	size_t count = 0;
@@ -293,10 +245,9 @@ static int claim_first_free(struct kernel_dev *dev, int *reason, struct err *err
 		return ret;
 	for (size_t i = 0; i < count; i++) {
 		snprintf(dev->name, sizeof(dev->name), "nbd%u", indices[i]);
-		ret = run_device(dev, reason, err);
+		ret = one(dev, arg, err);
 		if (ret != -EBUSY && ret != -ENODEV)
 			return ret ? err_wrap(err, "/dev/%s", dev->name) : 0;
-		close_claim(dev);
 	}
 	return err_set(err, EBUSY,
 		"none of the %zu NBD devices is free: detach one, or load the "
@@ -304,73 +255,38 @@ static int claim_first_free(struct kernel_dev *dev, int *reason, struct err *err
 		count);
 }
 
-static void *device_thread(void *arg)
+int kernel_dev_try(struct kernel_dev *dev,
+	int (*one)(struct kernel_dev *dev, void *arg, struct err *err), void *arg, struct err *err)
 {
-	struct kernel_dev *dev = arg;
-	struct err err = { 0 };
-	int reason = 0, ret;
+	int ret;
 
-	if (!strcmp(dev->opts.device, "auto")) {
-		ret = claim_first_free(dev, &reason, &err);
-	} else {
-		ret = run_device(dev, &reason, &err);
-		if (ret)
-			err_wrap(&err, "%s", dev->opts.device);
-	}
+	if (!strcmp(dev->device, "auto"))
+		return try_all(dev, one, arg, err);
+	snprintf(dev->name, sizeof(dev->name), "%s", dev->device + strlen("/dev/"));
+	ret = one(dev, arg, err);
+	return ret ? err_wrap(err, "%s", dev->device) : 0;
+}
+
+void kernel_dev_set_state(struct kernel_dev *dev, enum kernel_dev_state state)
+{
 	pthread_mutex_lock(&dev->mutex);
-	dev->state = ENDED;
-	dev->claim_err = err;
+	dev->state = state;
 	pthread_cond_broadcast(&dev->changed);
 	pthread_mutex_unlock(&dev->mutex);
-	if (!ret)
-		dev->on_end(dev->arg, reason);
-	return NULL;
 }
 
-/* --- the owner's side ------------------------------------------------------------------------- */
-
-/* Waits until the state is `state` or ENDED; false at the time-out. Called with the mutex held. */
-static bool wait_for_state(struct kernel_dev *dev, enum state state, unsigned timeout_ms)
+int kernel_dev_start_thread(struct kernel_dev *dev, void *(*run)(void *dev), struct err *err)
 {
-	struct timespec deadline;
-	int ret = 0;
+	sigset_t all, before;
+	int ret;
 
-	clock_gettime(CLOCK_MONOTONIC, &deadline);
-	deadline.tv_sec += timeout_ms / 1000;
-	while (dev->state != state && dev->state != ENDED && !ret)
-		ret = pthread_cond_timedwait(&dev->changed, &dev->mutex, &deadline);
-	return !ret;
-}
-
-/*
- * Until the driver has the device whole. The mutex is held over the look and the step from STARTING
- * to RUNNING, so that the thread cannot turn to another device in between.
- */
-static int wait_until_running(struct kernel_dev *dev, struct err *err)
-{
-	int ret = 0;
-
-	for (unsigned waited_ms = 0; !ret; waited_ms += POLL_STEP_MS) {
-		pthread_mutex_lock(&dev->mutex);
-		if (!wait_for_state(dev, STARTING, START_TIMEOUT_MS) ||
-			waited_ms > START_TIMEOUT_MS) {
-			ret = err_set(err, ETIMEDOUT, "%s: the kernel does not start it",
-				dev->opts.device);
-		} else if (dev->state == ENDED) {
-			*err = dev->claim_err;
-			ret = -err->code;
-		} else if (kernel_sysfs_server(dev->name)) {
-			/* Returns when DO_IT lets go of the driver's lock, and changes nothing. */
-			ioctl(dev->fd, NBD_SET_TIMEOUT,
-				(unsigned long)driver_timeout_s(&dev->opts));
-			dev->state = RUNNING;
-			pthread_mutex_unlock(&dev->mutex);
-			return 0;
-		}
-		pthread_mutex_unlock(&dev->mutex);
-		sleep_ms(POLL_STEP_MS);
-	}
-	return ret;
+	/* A signal would end what the thread waits in, and with it the device. */
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &before);
+	ret = pthread_create(&dev->thread, NULL, run, dev);
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	dev->has_thread = !ret;
+	return ret ? err_sys(err, ret, "a thread for %s", dev->device) : 0;
 }
 
 static int check_opts(const struct kernel_dev_opts *opts, struct err *err)
@@ -395,21 +311,13 @@ static int check_opts(const struct kernel_dev_opts *opts, struct err *err)
 			"%s: a size of %lu bytes is no multiple of its block size of %u: "
 			"put a padded layer on top of the stack",
 			opts->device, (unsigned long)opts->size_bytes, opts->block_size);
+	if (opts->identifier &&
+		strlen(opts->identifier) >= sizeof(((struct kernel_dev *)0)->identifier))
+		return err_set(err, EINVAL, "%s: the identifier \"%s\" is too long", opts->device,
+			opts->identifier);
+	if (opts->mode == KERNEL_DEV_NETLINK && !opts->identifier)
+		return err_set(err, EINVAL, "%s: netlink needs an identifier", opts->device);
 	return 0;
-}
-
-static int start_thread(struct kernel_dev *dev, struct err *err)
-{
-	sigset_t all, before;
-	int ret;
-
-	/* A signal would end DO_IT, and with it the device. */
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, &before);
-	ret = pthread_create(&dev->thread, NULL, device_thread, dev);
-	pthread_sigmask(SIG_SETMASK, &before, NULL);
-	dev->has_thread = !ret;
-	return ret ? err_sys(err, ret, "a thread for %s", dev->opts.device) : 0;
 }
 
 static struct kernel_dev *dev_new(
@@ -421,7 +329,10 @@ static struct kernel_dev *dev_new(
 	if (!dev)
 		return NULL;
 	*dev = (struct kernel_dev){ .opts = *opts,
+		.size_bytes = opts->size_bytes,
 		.fd = -1,
+		.lock = -1,
+		.wake = -1,
 		.on_end = on_end,
 		.arg = arg,
 		.mutex = PTHREAD_MUTEX_INITIALIZER };
@@ -430,26 +341,26 @@ static struct kernel_dev *dev_new(
 	pthread_condattr_init(&clock);
 	pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
 	pthread_cond_init(&dev->changed, &clock);
-	if (strcmp(opts->device, "auto"))
-		snprintf(dev->name, sizeof(dev->name), "%s", opts->device + strlen("/dev/"));
+	snprintf(dev->device, sizeof(dev->device), "%s", opts->device);
+	snprintf(dev->identifier, sizeof(dev->identifier), "%s",
+		opts->identifier ? opts->identifier : "");
+	dev->opts.device = dev->device;
+	dev->opts.identifier = dev->identifier;
 	return dev;
 }
 
-static int hand_out(struct kernel_dev *dev, struct kernel_ends *ends, struct err *err)
+static int claim(struct kernel_dev *dev, struct err *err)
 {
-	ends->count = 0;
-	for (unsigned i = 0; i < dev->opts.connections; i++) {
-		ends->driver[i] = fcntl(dev->kernel_sock[i], F_DUPFD_CLOEXEC, 0);
-		if (ends->driver[i] < 0) {
-			int ret = err_sys(err, errno, "a socket's descriptor");
+	if (dev->opts.mode != KERNEL_DEV_IOCTL && dev->identifier[0]) {
+		dev->how = &kernel_dev_by_netlink;
 
-			kernel_ends_close(ends);
+		int ret = dev->how->claim(dev, err);
+
+		if (ret != -EOPNOTSUPP || dev->opts.mode == KERNEL_DEV_NETLINK)
 			return ret;
-		}
-		ends->server[i] = take_fd(&dev->server_sock[i]);
-		ends->count++;
 	}
-	return 0;
+	dev->how = &kernel_dev_by_ioctl;
+	return dev->how->claim(dev, err);
 }
 
 int kernel_dev_claim(const struct kernel_dev_opts *opts, void (*on_end)(void *arg, int reason),
@@ -465,11 +376,9 @@ int kernel_dev_claim(const struct kernel_dev_opts *opts, void (*on_end)(void *ar
 	new = dev_new(opts, on_end, arg);
 	if (!new)
 		return err_set(err, ENOMEM, "out of memory");
-	ret = start_thread(new, err);
+	ret = claim(new, err);
 	if (!ret)
-		ret = wait_until_running(new, err);
-	if (!ret)
-		ret = hand_out(new, ends, err);
+		ret = kernel_dev_hand_out(new, ends, err);
 	if (ret) {
 		kernel_dev_free(new);
 		return ret;
@@ -478,16 +387,7 @@ int kernel_dev_claim(const struct kernel_dev_opts *opts, void (*on_end)(void *ar
 	return 0;
 }
 
-int kernel_dev_reconnect(struct kernel_dev *dev, struct kernel_ends *ends, struct err *err)
-{
-	return err_set(err, EOPNOTSUPP,
-		"/dev/%s: attached by ioctl: its connections cannot be replaced", dev->name);
-}
-
-static void device_path(const struct kernel_dev *dev, char path[KERNEL_NAME_LEN + 8])
-{
-	snprintf(path, KERNEL_NAME_LEN + 8, "/dev/%s", dev->name);
-}
+/* --- settling and resizing -------------------------------------------------------------------- */
 
 static void set_queue(
 	const struct kernel_dev *dev, const char *attr, const char *value, struct err *err)
@@ -498,17 +398,35 @@ static void set_queue(
 		err_sys(err, -ret, "%s = %s", attr, value);
 }
 
+int kernel_dev_lower_replay(struct kernel_dev *dev, struct err *err)
+{
+	struct err first = { 0 };
+
+	if (dev->how->mode != KERNEL_DEV_NETLINK || kernel_dev_driver_timeout_s(dev))
+		return 0;
+	set_queue(dev, "queue/io_timeout", REPLAY_MS, &first);
+	if (first.code)
+		*err = first;
+	return -first.code;
+}
+
 int kernel_dev_settle(struct kernel_dev *dev, struct err *err)
 {
 	char path[KERNEL_NAME_LEN + 8], number[24];
 	struct err first = { 0 };
 	uint64_t limit_kib = MAX_REQUEST_KIB;
 
+	dev->settled = true;
 	kernel_sysfs_number(dev->name, "queue/max_hw_sectors_kb", &limit_kib);
 	snprintf(number, sizeof(number), "%u", (unsigned)MIN(limit_kib, (uint64_t)MAX_REQUEST_KIB));
 	set_queue(dev, "queue/max_sectors_kb", number, &first);
 	set_queue(dev, "queue/scheduler", "none", &first);
 	set_queue(dev, "queue/rotational", "0", &first);
+	if (!first.code)
+		kernel_dev_lower_replay(dev, &first);
+	if (!first.code && dev->size_bytes != dev->opts.size_bytes)
+		kernel_dev_resize(
+			dev, dev->opts.size_bytes, &first); /* grown while nobody served it */
 
 	device_path(dev, path);
 
@@ -526,24 +444,120 @@ int kernel_dev_settle(struct kernel_dev *dev, struct err *err)
 	return err_wrap(err, "%s", path);
 }
 
+/* Requests ended since the attach, of all kinds: fields 1, 5, 12 and 16 of `stat`. */
+static bool requests_done(const struct kernel_dev *dev, uint64_t *done)
+{
+	static const unsigned fields[] = { 0, 4, 11, 15 };
+	char text[512], *rest = text;
+	uint64_t numbers[16] = { 0 };
+
+	if (kernel_sysfs_read(dev->name, "stat", text, sizeof(text)))
+		return false;
+	for (size_t i = 0; i < ARRAY_LEN(numbers); i++)
+		numbers[i] = strtoull(rest, &rest, 10);
+	*done = 0;
+	for (size_t i = 0; i < ARRAY_LEN(fields); i++)
+		*done += numbers[fields[i]];
+	return true;
+}
+
+static int check_progress(const struct kernel_dev *dev, struct err *err)
+{
+	uint64_t before, now;
+
+	if (!requests_done(dev, &before))
+		return 0;
+	for (unsigned waited_ms = 0; waited_ms < PROGRESS_TIMEOUT_MS;
+		waited_ms += PROGRESS_STEP_MS) {
+		if (kernel_sysfs_is_idle(dev->name) || !requests_done(dev, &now) || now != before)
+			return 0;
+		kernel_dev_sleep_ms(PROGRESS_STEP_MS);
+	}
+	return err_set(err, EBUSY,
+		"not resized: none of its requests in flight ended for %u s; see what its disk "
+		"waits for, "
+		"then try again",
+		PROGRESS_TIMEOUT_MS / 1000);
+}
+
+/* Says from time to time that it takes long, until told that it is over. */
+struct resize_watch {
+	const struct kernel_dev *dev;
+	pthread_mutex_t mutex;
+	pthread_cond_t over;
+	bool is_over;
+};
+
+static void *resize_watch_thread(void *arg)
+{
+	struct resize_watch *watch = arg;
+	struct timespec deadline;
+	unsigned waited_s = 0;
+
+	clock_gettime(CLOCK_REALTIME, &deadline);
+	pthread_mutex_lock(&watch->mutex);
+	while (!watch->is_over) {
+		deadline.tv_sec += RESIZE_WORD_S;
+
+		int ret = 0;
+
+		while (!watch->is_over && !ret)
+			ret = pthread_cond_timedwait(&watch->over, &watch->mutex, &deadline);
+		if (watch->is_over)
+			break;
+		waited_s += RESIZE_WORD_S;
+		log_warning(
+			"/dev/%s: its size has been waiting for requests in flight for %u s; new "
+			"requests wait as well",
+			watch->dev->name, waited_s);
+	}
+	pthread_mutex_unlock(&watch->mutex);
+	return NULL;
+}
+
+static int set_size_watched(struct kernel_dev *dev, uint64_t size_bytes, struct err *err)
+{
+	struct resize_watch watch = {
+		.dev = dev,
+		.mutex = PTHREAD_MUTEX_INITIALIZER,
+		.over = PTHREAD_COND_INITIALIZER,
+	};
+	pthread_t thread;
+	bool watched = !pthread_create(&thread, NULL, resize_watch_thread, &watch);
+	int ret = dev->how->set_size(dev, size_bytes, err);
+
+	pthread_mutex_lock(&watch.mutex);
+	watch.is_over = true;
+	pthread_cond_signal(&watch.over);
+	pthread_mutex_unlock(&watch.mutex);
+	if (watched)
+		pthread_join(thread, NULL);
+	return ret;
+}
+
 int kernel_dev_resize(struct kernel_dev *dev, uint64_t size_bytes, struct err *err)
 {
 	uint64_t seen_sectors = 0;
+	int ret;
 
 	if (!is_aligned(size_bytes, dev->opts.block_size))
 		return err_set(err, EINVAL,
 			"/dev/%s: %lu bytes is no multiple of its block size of %u", dev->name,
 			(unsigned long)size_bytes, dev->opts.block_size);
-	if (ioctl(dev->fd, NBD_SET_SIZE, (unsigned long)size_bytes))
-		return err_sys(err, errno, "/dev/%s: NBD_SET_SIZE %lu", dev->name,
-			(unsigned long)size_bytes);
-	dev->opts.size_bytes = size_bytes;
+	ret = check_progress(dev, err);
+	if (!ret)
+		ret = set_size_watched(dev, size_bytes, err);
+	if (ret)
+		return err_wrap(err, "/dev/%s", dev->name);
+	dev->opts.size_bytes = dev->size_bytes = size_bytes;
 	if (!kernel_sysfs_number(dev->name, "size", &seen_sectors) ||
 		seen_sectors * 512 != size_bytes)
 		return err_set(err, EIO, "/dev/%s: still %lu bytes after its size was set to %lu",
 			dev->name, (unsigned long)seen_sectors * 512, (unsigned long)size_bytes);
 	return 0;
 }
+
+/* --- releasing -------------------------------------------------------------------------------- */
 
 /* Waits a moment for those who only look; the exclusive claim keeps new users of substance away. */
 static int check_unused(const struct kernel_dev *dev, int exclusive, struct err *err)
@@ -560,7 +574,7 @@ static int check_unused(const struct kernel_dev *dev, int exclusive, struct err 
 				"mounted in another mount namespace, or held by the kernel");
 		if (exclusive < 0 || waited_ms >= OPENERS_TIMEOUT_MS)
 			return ret;
-		sleep_ms(OPENERS_TIMEOUT_MS / 10);
+		kernel_dev_sleep_ms(OPENERS_TIMEOUT_MS / 10);
 	}
 }
 
@@ -575,14 +589,26 @@ int kernel_dev_users(const struct kernel_dev *dev, struct err *err)
 	return check_unused(dev, exclusive, err) ? err_wrap(err, "%s is in use", path) : 0;
 }
 
-static bool wait_until_ended(struct kernel_dev *dev)
+static bool has_ended(struct kernel_dev *dev)
 {
-	bool ended;
-
 	pthread_mutex_lock(&dev->mutex);
-	ended = wait_for_state(dev, ENDED, END_TIMEOUT_MS);
+	bool ended = dev->state == ENDED;
 	pthread_mutex_unlock(&dev->mutex);
 	return ended;
+}
+
+static bool wait_until_ended(struct kernel_dev *dev)
+{
+	struct timespec deadline;
+	int ret = 0;
+
+	clock_gettime(CLOCK_MONOTONIC, &deadline);
+	deadline.tv_sec += END_TIMEOUT_MS / 1000;
+	pthread_mutex_lock(&dev->mutex);
+	while (dev->state != ENDED && !ret)
+		ret = pthread_cond_timedwait(&dev->changed, &dev->mutex, &deadline);
+	pthread_mutex_unlock(&dev->mutex);
+	return !ret;
 }
 
 /* The file system mounted on it first (the ioctl does, but tells no errors), then its own cache. */
@@ -592,6 +618,7 @@ static int write_back_fd(int fd)
 	return fsync(fd) ? -errno : 0;
 }
 
+/* Or the disk itself. */
 static int write_back_partition(const char *partition, void *arg)
 {
 	int *first_error = arg;
@@ -610,23 +637,19 @@ static int write_back_partition(const char *partition, void *arg)
 /* All of it, whatever fails; the first error. */
 static int write_back(const struct kernel_dev *dev)
 {
-	int first_error = 0, ret;
+	int first_error = 0;
 
 	kernel_sysfs_partitions(dev->name, write_back_partition, &first_error);
-	ret = write_back_fd(dev->fd);
-	return first_error ? first_error : ret;
+	write_back_partition(dev->name, &first_error);
+	return first_error;
 }
 
 int kernel_dev_release(struct kernel_dev *dev, bool force, struct err *err)
 {
 	char path[KERNEL_NAME_LEN + 8];
-	bool ended;
 	int ret;
 
-	pthread_mutex_lock(&dev->mutex);
-	ended = dev->state == ENDED;
-	pthread_mutex_unlock(&dev->mutex);
-	if (ended)
+	if (has_ended(dev))
 		return 0;
 	device_path(dev, path);
 
@@ -639,11 +662,12 @@ int kernel_dev_release(struct kernel_dev *dev, bool force, struct err *err)
 	if (ret && !force)
 		return err_sys(
 			err, -ret, "%s stays attached: its cache cannot be written back", path);
-	if (ioctl(dev->fd, NBD_DISCONNECT, 0))
-		return err_sys(err, errno, "%s: NBD_DISCONNECT", path);
+	ret = dev->how->disconnect(dev, err);
+	if (ret)
+		return err_wrap(err, "%s", path);
 	if (wait_until_ended(dev))
 		return 0;
-	shut_connections(dev);
+	dev->how->stop(dev);
 	if (wait_until_ended(dev))
 		return 0;
 	return err_set(err, ETIMEDOUT, "%s: requests in flight do not end", path);
@@ -655,20 +679,23 @@ void kernel_dev_free(struct kernel_dev *dev)
 
 	if (!dev)
 		return;
-	if (dev->has_thread) {
-		pthread_mutex_lock(&dev->mutex);
-		if (dev->state != ENDED)
-			shut_connections(dev);
-		pthread_mutex_unlock(&dev->mutex);
+	bool attached = dev->has_thread && dev->how->mode == KERNEL_DEV_NETLINK &&
+			!has_ended(dev) && (dev->settled || dev->adopted);
+
+	if (dev->how)
+		dev->how->stop(dev);
+	if (dev->has_thread)
 		pthread_join(dev->thread, NULL);
-	}
-	if (dev->fd >= 0) {
-		close_claim(dev);
+	kernel_dev_disconnect(dev);
+	close_fd(&dev->fd);
+	close_fd(&dev->wake);
+	if (dev->has_thread && !attached) {
 		/* An open notices that the disk is gone and drops the nodes of its partitions. */
 		device_path(dev, path);
 		dev->fd = open(path, O_RDONLY | O_CLOEXEC);
+		close_fd(&dev->fd);
 	}
-	close_claim(dev);
+	close_fd(&dev->lock);
 	pthread_cond_destroy(&dev->changed);
 	pthread_mutex_destroy(&dev->mutex);
 	free(dev);

@@ -154,6 +154,8 @@ void kernel_hold_init(struct kernel_hold *hold, struct keeper_link *keeper, cons
 		.reactor = reactor_self(),
 		.kept.ended = ended_there,
 	};
+	snprintf(hold->identifier, sizeof(hold->identifier), "blkstack:%s", export ? export : "");
+	hold->opts.identifier = hold->identifier;
 	list_init(&hold->kept.link);
 	co_queue_init(&hold->end);
 	task_init(&hold->ended_task, ended_here);
@@ -191,6 +193,8 @@ static suspends int claim_there(struct kernel_hold *hold, struct err *err)
 		return ret;
 	take_ends(hold, &fds);
 	snprintf(hold->name, sizeof(hold->name), "%.*s", KERNEL_NAME_LEN - 1, message.device);
+	hold->opts.mode = (enum kernel_dev_mode)message.mode;
+	hold->opts.connections = hold->ends.count;
 	hold->kept.slot = message.slot;
 	list_push_back(&hold->keeper->devices, &hold->kept.link);
 	return 0;
@@ -203,9 +207,12 @@ suspends int kernel_hold_claim(struct kernel_hold *hold, struct err *err)
 	if (hold->keeper)
 		return claim_there(hold, err);
 	int ret = call_blocking(&call);
-	if (!ret)
-		snprintf(hold->name, sizeof(hold->name), "%s", kernel_dev_name(hold->dev));
-	return ret;
+	if (ret)
+		return ret;
+	snprintf(hold->name, sizeof(hold->name), "%s", kernel_dev_name(hold->dev));
+	hold->opts.mode = kernel_dev_mode(hold->dev);
+	hold->opts.connections = hold->ends.count;
+	return 0;
 }
 
 suspends int kernel_hold_take_over(struct kernel_hold *hold, struct keeper_link *keeper,

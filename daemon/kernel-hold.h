@@ -18,7 +18,9 @@
 struct kernel_hold {
 	struct keeper_link *keeper; /* NULL: held by this process */
 	const char *export;         /* its name; lives as long as the hold */
-	struct kernel_dev_opts opts;
+	char identifier[KEEPER_EXPORT_LEN + 16];
+	struct kernel_dev_opts
+		opts; /* once claimed, with the mode and the connections that it has */
 	char name[KERNEL_NAME_LEN]; /* "nbd0", once claimed */
 	struct kernel_ends ends;    /* the door's to use and to close */
 	int journal;         /* memory for whoever serves next, kept with the device; -1: none */

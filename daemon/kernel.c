@@ -126,8 +126,10 @@ static struct kernel_door *door_new(const struct kernel_opts *opts)
 		.device = opts->device,
 		.size_bytes = opts->size_bytes,
 		.block_size = opts->block_size,
-		.connections = 1,
+		.mode = opts->mode,
+		.connections = opts->connections,
 		.timeout_s = opts->timeout_s,
+		.dead_timeout_s = opts->dead_timeout_s,
 		.flags = nbd_export_flags(opts->nbd, false),
 	};
 
@@ -218,6 +220,9 @@ json_t *kernel_status(const struct kernel_door *door)
 	json_object_set_new(
 		object, "read_only", json_boolean(door->hold.opts.flags & NBD_FLAG_READ_ONLY));
 	json_object_set_new(object, "timeout", json_integer(door->hold.opts.timeout_s));
+	json_object_set_new(object, "mode",
+		json_string(door->hold.opts.mode == KERNEL_DEV_NETLINK ? "netlink" : "ioctl"));
+	json_object_set_new(object, "connections", json_integer(door->hold.opts.connections));
 	return object;
 }
 

@@ -17,6 +17,7 @@
 #include <jansson.h>
 
 #include "base/err.h"
+#include "daemon/kernel-dev.h"
 #include "rt/co.h"
 
 struct keeper_link;
@@ -30,6 +31,10 @@ struct kernel_opts {
 	uint64_t size_bytes;
 	uint32_t block_size; /* logical block size: 512, 1024, 2048 or 4096 */
 	uint32_t timeout_s;  /* a request older than that fails the device; 0: never */
+	enum kernel_dev_mode mode;
+	unsigned connections;
+	uint32_t
+		dead_timeout_s; /* by netlink: how long requests wait for the next daemon when this one dies */
 };
 
 /*

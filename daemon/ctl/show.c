@@ -374,7 +374,10 @@ static void show_kernel(const json_t *kernel)
 	printf("  kernel device %s, %s", get_text(kernel, "device"), get_text(kernel, "state"));
 	if (json_is_string(json_object_get(kernel, "reason")))
 		printf(": %s", get_text(kernel, "reason"));
-	printf(", blocks of %llu B", (unsigned long long)get_number(kernel, "block_size"));
+	printf(", by %s, blocks of %llu B", get_text(kernel, "mode"),
+		(unsigned long long)get_number(kernel, "block_size"));
+	if (get_number(kernel, "connections") > 1)
+		printf(", %llu connections", (unsigned long long)get_number(kernel, "connections"));
 	if (get_number(kernel, "timeout"))
 		printf(", requests may take %llu s",
 			(unsigned long long)get_number(kernel, "timeout"));
