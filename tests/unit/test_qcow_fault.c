@@ -3,6 +3,9 @@
  * request that it hits gets an error; whatever succeeded stays true; when the file works again,
  * everything works again; and the image is sound in the end (leaks are allowed).
  *
+ * Sizes change, snapshots come and go and clusters are moved meanwhile. When not even the header can be stored, the
+ * layer refuses writes from then on: then the image is sound, and no more is asked for.
+ *
  * What a failed request left behind is unknown until it is written again: old or new, byte by byte. The
  * seed is printed.
  */
@@ -10,6 +13,9 @@
 
 #include "base/util.h"
 #include "blk/fault.h"
+#include "blk/qcow/compact.h"
+#include "blk/qcow/live.h"
+#include "blk/qcow/qcow.h"
 #include "co_test.h"
 #include "qcow_images.h"
 #include "seed.h"
@@ -28,6 +34,7 @@ struct trial {
 	struct range_lock busy;
 	struct co_group workers;
 	unsigned failed;
+	bool frozen;
 };
 
 static void fill_random(void *arg, uint8_t *buf, size_t len)
@@ -37,7 +44,7 @@ static void fill_random(void *arg, uint8_t *buf, size_t len)
 
 static bool expected_error(int ret)
 {
-	return ret == -EIO || ret == -ENOSPC;
+	return ret == -EIO || ret == -ENOSPC || ret == -ESHUTDOWN; /* the last one: tables lost */
 }
 
 static void wrote(struct trial *trial, int ret, uint64_t off, uint64_t len, const uint8_t *new)
@@ -102,6 +109,24 @@ static suspends void worker(void *arg)
 	}
 }
 
+/* All of what replaces tables. It fails as the rest does, or because the last attempt failed. */
+static suspends void rearrange(void *arg)
+{
+	struct trial *trial = arg;
+	struct blk *top = trial->stack.top;
+	struct err err;
+
+	for (int i = 0; i < OPERATIONS / 4; i++) {
+		uint64_t size = DISK_SIZE + (seed_below(&trial->seed, 64) << 20);
+		struct qcow_compact job = { 0 };
+
+		trial->failed += blk_resize(top, size, BLK_FORCE, &err) != 0;
+		trial->failed += qcow_live_snapshot(top, QCOW_SNAPSHOT_CREATE, "s", &err) != 0;
+		trial->failed += qcow_compact(top, &job, &err) != 0;
+		trial->failed += qcow_live_snapshot(top, QCOW_SNAPSHOT_DELETE, "s", &err) != 0;
+	}
+}
+
 /* Faults for a round: each kind of operation, often or seldom; the last round has none. */
 static void choose_faults(struct trial *trial, int round)
 {
@@ -114,6 +139,8 @@ static void choose_faults(struct trial *trial, int round)
 
 	if (seed_below(&trial->seed, 3) == 0)
 		rules.ops |= FAULT_READ;
+	if (round % 2) /* seldom twice in a row: else the first thing that fails freezes it */
+		rules.permille = 1 + rules.permille / 20;
 	fault_set(fault_find(trial->stack.top), round == ROUNDS - 1 ? NULL : &rules);
 }
 
@@ -128,12 +155,18 @@ static suspends void run_trial(struct trial *trial)
 		choose_faults(trial, round);
 		for (int i = 0; i < WORKERS; i++)
 			co_group_start(&trial->workers, worker, trial);
+		if (round % 2)
+			co_group_start(&trial->workers, rearrange, trial);
 		co_group_wait(&trial->workers);
 	}
 	ck_assert_uint_gt(trial->failed, 0);
-	ck_assert_int_eq(blk_flush(trial->stack.top), 0);
-	for (uint64_t off = 0; off < DISK_SIZE; off += 1 << 16)
-		read_some(trial, off, 1 << 16);
+	trial->frozen = qcow_of(trial->stack.top)->frozen;
+	ck_assert(trial->frozen || !qcow_of(trial->stack.top)->corrupt);
+	if (!trial->frozen) {
+		ck_assert_int_eq(blk_flush(trial->stack.top), 0);
+		for (uint64_t off = 0; off < DISK_SIZE; off += 1 << 16)
+			read_some(trial, off, 1 << 16);
+	}
 	test_stack_close(&trial->stack);
 	image_check("image.qcow2", true);
 }
@@ -148,7 +181,7 @@ static suspends void run_kind(const struct image_kind *kind, struct seed *seed)
 	trial.unknown = calloc(DISK_SIZE, sizeof(*trial.unknown));
 	image_make(kind, "image.qcow2", trial.content, DISK_SIZE, fill_random, &trial.seed);
 	run_trial(&trial);
-	printf(": %u requests failed\n", trial.failed);
+	printf(": %u requests failed%s\n", trial.failed, trial.frozen ? ", frozen" : "");
 	free(trial.content);
 	free(trial.unknown);
 	*seed = trial.seed;

@@ -12,7 +12,7 @@
  * lies a grace period: q->pin_epoch is advanced and everybody who pinned the old epoch must have ended.
  *
  * Failure: a write or flush that fails leaves all of it dirty; the error goes to everybody who waited,
- * and the next commit tries again.
+ * and the next commit tries again: it may succeed, because it writes everything anew that the failed one had.
  */
 #include "blk/qcow/qcow.h"
 
@@ -278,13 +278,14 @@ static suspends void release_clusters(struct qcow *q, uint64_t index, uint64_t c
 			blk_discard(q->blk.below, host_off, run << q->cluster_bits, 0);
 		co_mutex_lock(&q->alloc_mutex);
 		ret = qcow_refcount_add(q, index, MAX(run, UINT64_C(1)), -1);
+		for (uint64_t i = 0; !ret && i < run; i++)
+			cluster_set_remove(&q->metadata, index + i);
+		if (!ret && run)
+			cache_forget(&q->l2_cache, host_off, run << q->cluster_bits);
 		co_mutex_unlock(&q->alloc_mutex);
 		if (ret)
 			return;
-		for (uint64_t i = 0; i < run; i++)
-			cluster_set_remove(&q->metadata, index + i);
 		if (run) {
-			cache_forget(&q->l2_cache, host_off, run << q->cluster_bits);
 			q->stats.freed += run;
 			index += run - 1;
 			count -= run - 1;
@@ -334,7 +335,7 @@ suspends int qcow_commit_locked(struct qcow *q)
 {
 	uint64_t number = ++q->commits_begun;
 	struct commit c = { 0 };
-	int ret = collect(q, &c);
+	int ret = q->frozen ? -EIO : collect(q, &c);
 
 	if (ret) {
 		q->stats.commit_errors++;

@@ -372,9 +372,52 @@ suspends int qcow_header_write(struct blk *file, const struct qcow_header *heade
 	return blk_write(file, 0, &disk, len, 0);
 }
 
+/* One at a time: of two under way at once, the older one could be what stays on disk. */
 suspends int qcow_header_store(struct qcow *q)
 {
-	return qcow_header_write(q->blk.below, &q->header);
+	co_mutex_lock(&q->header_mutex);
+	int ret = qcow_header_write(q->blk.below, &q->header);
+	co_mutex_unlock(&q->header_mutex);
+	return ret;
+}
+
+void qcow_header_take(struct qcow_header *to, const struct qcow_header *from)
+{
+	to->size = from->size;
+	to->l1_off = from->l1_off;
+	to->l1_entry_count = from->l1_entry_count;
+	to->refcount_table_off = from->refcount_table_off;
+	to->refcount_table_clusters = from->refcount_table_clusters;
+	to->snapshots_off = from->snapshots_off;
+	to->snapshot_count = from->snapshot_count;
+}
+
+suspends int qcow_header_restore(struct qcow *q)
+{
+	int ret = qcow_header_store(q);
+
+	if (!ret)
+		ret = blk_flush(q->blk.below);
+	if (!ret)
+		return 0;
+	q->frozen = q->corrupt = true;
+	snprintf(q->corrupt_text, sizeof(q->corrupt_text),
+		"the header could not be stored: no more writes until the image is opened anew");
+	log_debug("qcow: %s", q->corrupt_text);
+	return ret;
+}
+
+suspends int qcow_header_switch(struct qcow *q, const struct qcow_header *old)
+{
+	int ret = qcow_header_store(q);
+
+	if (!ret)
+		ret = blk_flush(q->blk.below);
+	if (ret) {
+		qcow_header_take(&q->header, old);
+		qcow_header_restore(q);
+	}
+	return ret;
 }
 
 /* An image may end anywhere; tables are written by whole sectors, up to the end of their cluster. */
@@ -387,16 +430,12 @@ static suspends int complete_last_cluster(struct qcow *q)
 	return blk_resize(q->blk.below, round_up(file_size, q->cluster_size), 0, NULL);
 }
 
-suspends int qcow_begin_writing(struct qcow *q)
+static suspends int begin_writing(struct qcow *q)
 {
 	uint64_t autoclear = q->header.autoclear & QCOW_AUTOCLEAR_RAW_DATA_FILE;
 	uint64_t incompatible = q->header.incompatible;
-
-	if (q->corrupt)
-		return -EIO;
-	if (likely(q->began_writing))
-		return 0;
 	int ret = complete_last_cluster(q);
+
 	if (ret)
 		return ret;
 	if (q->opt_lazy_refcounts)
@@ -417,6 +456,22 @@ suspends int qcow_begin_writing(struct qcow *q)
 	}
 	q->began_writing = true;
 	return 0;
+}
+
+/* Nobody goes ahead before the bits are on disk, the second one to come as little as the first. */
+suspends int qcow_begin_writing(struct qcow *q)
+{
+	int ret = 0;
+
+	if (q->corrupt)
+		return -EIO;
+	if (likely(q->began_writing))
+		return 0;
+	co_mutex_lock(&q->beginning);
+	if (!q->began_writing)
+		ret = begin_writing(q);
+	co_mutex_unlock(&q->beginning);
+	return ret;
 }
 
 suspends int qcow_mark_corrupt(struct qcow *q, const char *fmt, ...)

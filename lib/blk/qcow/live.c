@@ -76,14 +76,6 @@ suspends int qcow_live_snapshots(struct blk *blk, struct qcow_snapshots *list, s
 	return ret;
 }
 
-/* From now on nothing is written; the bit in the image stays as it is, because the image is sound. */
-static int give_up(struct qcow *q, const char *what, struct err *err)
-{
-	q->corrupt = true;
-	snprintf(q->corrupt_text, sizeof(q->corrupt_text), "a snapshot failed: %s", what);
-	return err_wrap(err, "%s", what);
-}
-
 /* What the old tables point to may be gone already, so without the new ones nothing can be read either. */
 static suspends int reload(struct qcow *q, struct err *err)
 {
@@ -94,20 +86,20 @@ static suspends int reload(struct qcow *q, struct err *err)
 	int ret = qcow_load_tables(q, err);
 	if (!ret)
 		return 0;
-	q->blk.disconnected = true;
-	return give_up(q, "the disk is gone until the image is opened anew", err);
+	q->blk.disconnected = q->frozen = q->corrupt = true;
+	snprintf(q->corrupt_text, sizeof(q->corrupt_text), "after a snapshot: %s", err->text);
+	return err_wrap(err, "the disk is gone until the image is opened anew");
 }
 
 /* Makes certain that the image is the old one. Free clusters may have been written to, all over the file. */
 static suspends int restore(struct qcow *q, struct err *err)
 {
 	uint64_t file_size = blk_caps(q->blk.below)->size;
-	int ret = qcow_header_store(q);
 
 	q->fresh_index = MAX(q->fresh_index, (file_size + q->cluster_size - 1) >> q->cluster_bits);
-	if (!ret)
-		ret = blk_flush(q->blk.below);
-	return ret ? give_up(q, "no more writes until the image is opened anew", err) : -err->code;
+	if (qcow_header_restore(q))
+		return err_wrap(err, "no more writes until the image is opened anew");
+	return -err->code;
 }
 
 static suspends int change_at_rest(

@@ -279,6 +279,8 @@ static suspends int qcow_open(struct blk *blk, struct err *err)
 	co_mutex_init(&q->alloc_mutex);
 	co_mutex_init(&q->l2_mutex);
 	co_mutex_init(&q->moving);
+	co_mutex_init(&q->header_mutex);
+	co_mutex_init(&q->beginning);
 	range_lock_init(&q->writes);
 	qcow_commit_init(q);
 	return open_image(q, err);

@@ -116,6 +116,9 @@ struct qcow {
 	bool read_only; /* nothing in the image is changed */
 	bool corrupt;   /* found so: writes are refused */
 	char corrupt_text[160];
+	bool frozen; /* nobody knows which header is on disk: neither tables nor counts change any more */
+	struct co_mutex header_mutex; /* storing the header */
+	struct co_mutex beginning;
 	bool began_writing; /* autoclear bits are cleared, the dirty bit is set if lazy */
 
 	/* geometry */
@@ -202,6 +205,15 @@ void qcow_header_fini(struct qcow_header *header);
 /* Rewrites the fixed fields in place (one write within the first sector), nothing else. */
 suspends int qcow_header_write(struct blk *file, const struct qcow_header *header);
 suspends int qcow_header_store(struct qcow *q);
+/* Where everything is, and the size: what changes when tables are replaced. */
+void qcow_header_take(struct qcow_header *to, const struct qcow_header *from);
+/*
+ * Makes q->header durable. On an error the old one is in memory and certainly on disk again, so that what the new one
+ * points to may be reused; or else the layer is frozen.
+ */
+suspends int qcow_header_switch(struct qcow *q, const struct qcow_header *old);
+/* Stores q->header anew where another one may have reached the disk. On an error the layer is frozen. */
+suspends int qcow_header_restore(struct qcow *q);
 /* Before anything in the image changes for the first time: clears autoclear bits, sets the dirty bit when lazy. */
 suspends int qcow_begin_writing(struct qcow *q);
 /* Sets the corrupt bit and refuses writes from now on. Returns -EIO. */

@@ -399,14 +399,9 @@ static suspends int switch_table(struct qcow *q, const struct table_growth *plan
 		return ret;
 	q->header.refcount_table_off = plan->first << q->cluster_bits;
 	q->header.refcount_table_clusters = (uint32_t)plan->table_clusters;
-	ret = qcow_header_store(q);
-	if (!ret)
-		ret = blk_flush(q->blk.below);
-	if (ret) {
-		q->header.refcount_table_off = old.refcount_table_off;
-		q->header.refcount_table_clusters = old.refcount_table_clusters;
+	ret = qcow_header_switch(q, &old);
+	if (ret)
 		return ret;
-	}
 	freed_list_add(&q->committed, old.refcount_table_off >> q->cluster_bits,
 		old.refcount_table_clusters);
 	return 0;
@@ -538,7 +533,7 @@ static suspends int alloc(
 	uint64_t index = 0;
 
 	co_mutex_lock(&q->alloc_mutex);
-	int ret = alloc_locked(q, want, search, &index, got);
+	int ret = q->frozen ? -EIO : alloc_locked(q, want, search, &index, got);
 	if (!ret) {
 		*fresh = index >= q->fresh_index && q->below_grows;
 		ret = claim(q, index, *got);
@@ -642,7 +637,7 @@ static suspends int move_refblock(struct qcow *q, uint64_t region, uint64_t inde
 static suspends int store_table_at(struct qcow *q, uint64_t host_off)
 {
 	size_t len = (size_t)q->header.refcount_table_clusters << q->cluster_bits;
-	uint64_t old_off = q->header.refcount_table_off;
+	struct qcow_header old = q->header;
 	CLEANUP(free) be64 *copy = malloc(len);
 	int ret = copy ? qcow_commit_locked(q) : -ENOMEM;
 
@@ -656,12 +651,7 @@ static suspends int store_table_at(struct qcow *q, uint64_t host_off)
 	if (ret)
 		return ret;
 	q->header.refcount_table_off = host_off;
-	ret = qcow_header_store(q);
-	if (!ret)
-		ret = blk_flush(q->blk.below);
-	if (ret)
-		q->header.refcount_table_off = old_off;
-	return ret;
+	return qcow_header_switch(q, &old);
 }
 
 suspends int qcow_move_refcount_table(struct qcow *q, uint64_t mark)

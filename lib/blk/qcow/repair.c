@@ -49,18 +49,6 @@ static suspends int repair_active_tree(struct shadow *shadow, struct err *err)
 	return ret ? err_sys(err, -ret, "cannot repair the tables") : 0;
 }
 
-static void take_header(struct qcow_header *header, const struct qcow_header *repaired)
-{
-	header->l1_off = repaired->l1_off;
-	header->l1_entry_count = repaired->l1_entry_count;
-	header->refcount_table_off = repaired->refcount_table_off;
-	header->refcount_table_clusters = repaired->refcount_table_clusters;
-	header->snapshots_off = repaired->snapshots_off;
-	header->snapshot_count = repaired->snapshot_count;
-	header->autoclear = repaired->autoclear;
-	header->incompatible = repaired->incompatible;
-}
-
 static suspends int repair_round(struct check *check, struct qcow_header *header, struct err *err)
 {
 	struct shadow shadow;
@@ -82,8 +70,10 @@ static suspends int repair_round(struct check *check, struct qcow_header *header
 		if (ret)
 			err_sys(err, -ret, "cannot write the repaired tables");
 	}
-	if (!ret)
-		take_header(header, &shadow.header);
+	if (!ret) {
+		qcow_header_take(header, &shadow.header);
+		header->autoclear = shadow.header.autoclear;
+	}
 	shadow_fini(&shadow);
 	return ret;
 }

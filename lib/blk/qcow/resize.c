@@ -43,25 +43,6 @@ static suspends int write_l1_copy(struct qcow *q, uint64_t host_off, uint64_t en
 	return 0;
 }
 
-static int extend_l1_in_memory(struct qcow *q, uint32_t capacity)
-{
-	uint64_t *l1 = calloc(MAX(capacity, 1U), sizeof(*l1));
-	uint64_t *dirty = calloc(bitmap_words(capacity) + 1, sizeof(*dirty));
-
-	if (!l1 || !dirty) {
-		free(l1);
-		free(dirty);
-		return -ENOMEM;
-	}
-	memcpy(l1, q->l1, q->header.l1_entry_count * sizeof(*l1));
-	free(q->l1);
-	free(q->l1_dirty);
-	q->l1 = l1;
-	q->l1_dirty = dirty;
-	q->l1_capacity = capacity;
-	return 0;
-}
-
 /* Stores a header with another size and L1 table, durably; on failure the old one stays. */
 static suspends int store_geometry(
 	struct qcow *q, uint64_t size, uint64_t l1_off, uint32_t l1_entry_count)
@@ -71,14 +52,32 @@ static suspends int store_geometry(
 	q->header.size = size;
 	q->header.l1_off = l1_off;
 	q->header.l1_entry_count = l1_entry_count;
-	int ret = qcow_header_store(q);
-	if (!ret)
-		ret = blk_flush(q->blk.below);
-	if (ret) {
-		q->header.size = old.size;
-		q->header.l1_off = old.l1_off;
-		q->header.l1_entry_count = old.l1_entry_count;
+	return qcow_header_switch(q, &old);
+}
+
+/* Makes the copy at new_off the L1 table, on disk and in memory, or neither. No commit may see it half done. */
+static suspends int switch_l1(
+	struct qcow *q, uint64_t size, uint64_t new_off, uint64_t entry_count, uint64_t capacity)
+{
+	uint64_t *l1 = calloc(capacity, sizeof(*l1));
+	uint64_t *dirty = calloc(bitmap_words(capacity) + 1, sizeof(*dirty));
+	int ret = l1 && dirty ? 0 : -ENOMEM;
+
+	if (!ret) {
+		memcpy(l1, q->l1, q->header.l1_entry_count * sizeof(*l1));
+		co_mutex_lock(&q->commit_mutex);
+		ret = store_geometry(q, size, new_off, (uint32_t)entry_count);
+		if (!ret) {
+			free(q->l1);
+			free(q->l1_dirty);
+			q->l1 = take_ptr(l1);
+			q->l1_dirty = take_ptr(dirty);
+			q->l1_capacity = (uint32_t)capacity;
+		}
+		co_mutex_unlock(&q->commit_mutex);
 	}
+	free(l1);
+	free(dirty);
 	return ret;
 }
 
@@ -99,9 +98,7 @@ static suspends int move_l1(struct qcow *q, uint64_t size, uint64_t entry_count)
 		ret = qcow_commit(
 			q); /* the new clusters' counts are durable before the header points there */
 	if (!ret)
-		ret = extend_l1_in_memory(q, (uint32_t)(clusters * (q->cluster_size / 8)));
-	if (!ret)
-		ret = store_geometry(q, size, new_off, (uint32_t)entry_count);
+		ret = switch_l1(q, size, new_off, entry_count, clusters * (q->cluster_size / 8));
 	if (ret) {
 		qcow_free_unused(q, new_off, clusters);
 		return ret;

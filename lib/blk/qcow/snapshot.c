@@ -78,13 +78,7 @@ static suspends int work_finish(
 			unknown ? "cannot store the header; the image is as before or changed, but "
 				  "whole"
 				: "cannot write the new tables");
-	header->size = changed->size;
-	header->l1_off = changed->l1_off;
-	header->l1_entry_count = changed->l1_entry_count;
-	header->refcount_table_off = changed->refcount_table_off;
-	header->refcount_table_clusters = changed->refcount_table_clusters;
-	header->snapshots_off = changed->snapshots_off;
-	header->snapshot_count = changed->snapshot_count;
+	qcow_header_take(header, changed);
 	header->autoclear = changed->autoclear;
 	return 0;
 }

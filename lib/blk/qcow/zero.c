@@ -83,6 +83,7 @@ static suspends int zero_in_slice(struct qcow *q, uint64_t off, uint64_t end,
 	const struct zeroing *z, bool keep, uint64_t *done_end)
 {
 	struct slice *slice;
+	const char *fault = NULL;
 	bool changed = false;
 	uint8_t *raw;
 	int ret = qcow_entry_get(q, off, &slice, &raw);
@@ -90,18 +91,14 @@ static suspends int zero_in_slice(struct qcow *q, uint64_t off, uint64_t end,
 	*done_end = off;
 	if (ret)
 		return ret;
+	/* Nothing suspends from the first change until the slice is dirty: a commit has both, or neither. */
 	while (*done_end < end) {
 		uint64_t cluster_off = qcow_cluster_start(q, *done_end);
 		uint32_t mask = mask_of(q, cluster_off, *done_end, end);
 		struct l2_entry entry = qcow_entry_decode(q, raw);
-		const char *fault = qcow_entry_fault(q, &entry, cluster_off);
 
-		if (fault) {
-			ret = qcow_mark_corrupt(q, "L2 entry for guest offset %llu: %s",
-				(unsigned long long)cluster_off, fault);
-			break;
-		}
-		if (!entry_allows(q, &entry, mask, keep))
+		fault = qcow_entry_fault(q, &entry, cluster_off);
+		if (fault || !entry_allows(q, &entry, mask, keep))
 			break;
 		changed |= zero_entry(q, raw, mask, z);
 		raw += q->entry_size;
@@ -111,7 +108,9 @@ static suspends int zero_in_slice(struct qcow *q, uint64_t off, uint64_t end,
 		qcow_entry_put_dirty(q, slice);
 	else
 		cache_put(&q->l2_cache, slice);
-	return ret;
+	return fault ? qcow_mark_corrupt(q, "L2 entry for guest offset %llu: %s",
+			       (unsigned long long)*done_end, fault)
+		     : 0;
 }
 
 /* True when the range reads as zeroes already and need not be touched (nor keep its space). */
