@@ -37,7 +37,7 @@ static const char *const engines[] = { "auto", "uring", "threads", NULL };
 
 /* What the top level of the file says, before checks that need more than a table. */
 struct settings {
-	const char *control, *control_mode, *control_user, *control_group;
+	const char *control, *control_mode, *control_user, *control_group, *state;
 	const struct conf *listen;
 	const char *listen_mode, *listen_group;
 	int64_t max_connections, handshake_timeout_s, stop_timeout_s, reactors;
@@ -88,6 +88,9 @@ static const struct opt settings_options[] = {
 		.help = "memory that the connections of one export share evenly" },
 	{ "stop-timeout", OPT_INT, offsetof(struct settings, stop_timeout_s), "30", .min = 1,
 		.max = 3600, .help = "seconds requests in flight have when the daemon stops" },
+	{ "state", OPT_STRING, offsetof(struct settings, state),
+		.help = "folder that remembers what was changed while it ran; by default "
+			"$STATE_DIRECTORY, or the config's own" },
 	{ "engine", OPT_ENUM, offsetof(struct settings, engine), "auto", .choices = engines,
 		.help = "how files are read and written" },
 	{ "log-level", OPT_ENUM, offsetof(struct settings, log_level), "info",
@@ -399,6 +402,7 @@ static int take_settings(struct config *config, const struct settings *settings,
 	config->handshake_timeout_s = settings->handshake_timeout_s;
 	config->limits = settings->limits;
 	config->stop_timeout_s = settings->stop_timeout_s;
+	config->state = settings->state;
 	config->engine = engines[settings->engine];
 	config->log_level = log_levels[settings->log_level];
 	return ret;

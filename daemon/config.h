@@ -87,6 +87,7 @@ struct config {
 	int64_t handshake_timeout_s; /* a client that has not chosen an export by then is dropped */
 	struct config_limits limits;
 
+	const char *state;      /* folder of records; NULL: see record.c */
 	const char *engine;     /* "auto", "uring" or "threads" */
 	const char *log_level;  /* "error" to "debug" */
 	unsigned reactor_count; /* threads, at least 1 */

@@ -13,6 +13,7 @@
 #include "daemon/control_private.h"
 #include "daemon/daemon.h"
 #include "daemon/export-mirror.h"
+#include "daemon/export-record.h"
 
 #define PROGRESS_NS (200 * NS_PER_MS)
 
@@ -85,6 +86,15 @@ suspends void control_mirror_promote(struct varlink_call *call)
 	if (export)
 		finish(call, force ? "forced mirror promote" : "mirror promote", export,
 			export_mirror_promote(export, force, keep, &err), &err);
+}
+
+suspends void control_mirror_forget(struct varlink_call *call)
+{
+	struct export *export = control_get_export(call);
+	struct err err;
+
+	if (export)
+		finish(call, "mirror forget", export, export_forget(export, &err), &err);
 }
 
 suspends void control_mirror_status(struct varlink_call *call)

@@ -16,6 +16,7 @@
 #include "base/util.h"
 #include "daemon/control_private.h"
 #include "daemon/daemon.h"
+#include "daemon/export-record.h"
 #include "daemon/export.h"
 #include "daemon/kernel.h"
 #include "daemon/nbd_door.h"
@@ -107,8 +108,9 @@ suspends static json_t *full_status(struct export *export)
 
 	export_status(export, &stack, &nbd);
 	separate_details(stack);
-	return json_pack("{s:o, s:o, s:o, s:o?}", "export", export_summary(export), "stack", stack,
-		"nbd", nbd, "kernel", export->kernel ? kernel_status(export->kernel) : NULL);
+	return json_pack("{s:o, s:o, s:o, s:o?, s:o?}", "export", export_summary(export), "stack",
+		stack, "nbd", nbd, "kernel", export->kernel ? kernel_status(export->kernel) : NULL,
+		"record", export_record_status(export));
 }
 
 /* NULL when memory is exhausted. */

@@ -326,6 +326,13 @@ static const struct varlink_method methods[] = {
 				{},
 			},
 		.fn = control_mirror_promote },
+	{ "MirrorForget", .needs_authority = true,
+		.params =
+			(const struct varlink_param[]){
+				{ "export", VARLINK_STRING },
+				{},
+			},
+		.fn = control_mirror_forget },
 	{ "MirrorVerify", .needs_authority = true,
 		.params =
 			(const struct varlink_param[]){

@@ -57,6 +57,7 @@ suspends void control_mirror_resume(struct varlink_call *call);
 suspends void control_mirror_rate(struct varlink_call *call);
 suspends void control_mirror_cancel(struct varlink_call *call);
 suspends void control_mirror_promote(struct varlink_call *call);
+suspends void control_mirror_forget(struct varlink_call *call);
 suspends void control_mirror_verify(struct varlink_call *call);
 
 /* Exports with a qcow layer; in control-qcow.c. */

@@ -6,6 +6,9 @@
  * went to the old top before is waited for by the layer that needs to (mirror_begin_live(), stack_close()).
  * The kernel device stays, since it comes in by the NBD door and the size is the same.
  *
+ * What a change makes of the stack is remembered for the next start (export-record.h): a promotion before it takes
+ * place, since an old disk must never be served again by mistake; a start and a cancellation when they are done.
+ *
  * Changes wait for each other (export_begin_change()); status, progress and comparing do not, and look for
  * the mirror anew each time.
  */
@@ -18,6 +21,8 @@
 #include "base/util.h"
 #include "blk/mirror/mirror.h"
 #include "daemon/config.h"
+#include "daemon/export-record.h"
+#include "daemon/record.h"
 
 #define WAIT_NS (200 * NS_PER_MS)
 
@@ -31,6 +36,8 @@ struct call {
 	bool force, keep;
 	struct mirror_comparison *sum;
 	json_t *status, *layers;
+	struct conf *stack; /* what it is now, to be remembered */
+	const char *reason;
 	struct err *err;
 	int ret;
 };
@@ -44,8 +51,32 @@ static struct blk *find(struct call *call)
 	return mirror;
 }
 
+/* On home, after a change: what there is now. */
+static void note_stack(struct call *call)
+{
+	call->layers = export_layers(call->export);
+	call->stack = conf_new(CONF_LIST, NULL, NULL);
+	stack_describe(call->export->top, NULL, call->stack);
+}
+
+/* undo: on home, when what fn did cannot be remembered; NULL: it stays. */
+static suspends void remember(struct call *call, co_fn *undo)
+{
+	struct conf *stack = take_ptr(call->stack);
+
+	if (!stack)
+		return;
+	call->ret = export_remember(call->export, call->reason, stack, call->err);
+	conf_free(stack);
+	if (call->ret && undo) {
+		json_decref(call->layers);
+		co_call_on(call->export->home, undo, call);
+		conf_free(call->stack);
+	}
+}
+
 /* A change, from begin to end: fn on home, then the names of the layers as they are now. */
-static suspends int change(struct call *call, co_fn *fn)
+static suspends int change(struct call *call, co_fn *fn, co_fn *undo)
 {
 	struct export *export = call->export;
 	int ret = export_begin_change(export, call->err);
@@ -53,6 +84,9 @@ static suspends int change(struct call *call, co_fn *fn)
 	if (ret)
 		return ret;
 	co_call_on(export->home, fn, call);
+	remember(call, undo);
+	if (call->reason)
+		export_remembered(export);
 	if (call->layers) {
 		json_decref(export->layers);
 		export->layers = call->layers;
@@ -120,14 +154,30 @@ static suspends void start_call(void *arg)
 	if (call->ret) {
 		mirror_cancel(top);
 		take_out(export, top);
+	} else {
+		note_stack(call);
 	}
-	call->layers = export_layers(export);
+}
+
+/* Keeps call->ret, which is why. */
+static suspends void cancel_call(void *arg)
+{
+	struct call *call = arg;
+	struct blk *mirror = find(call);
+
+	if (!mirror)
+		return;
+	mirror_cancel(mirror);
+	take_out(call->export, mirror);
+	note_stack(call);
 }
 
 suspends int export_mirror_start(
 	struct export *export, const struct mirror_request *request, struct err *err)
 {
-	struct call call = { .export = export, .request = request, .err = err };
+	struct call call = {
+		.export = export, .request = request, .reason = "mirror start", .err = err
+	};
 	int ret;
 
 	if (export->read_only)
@@ -137,8 +187,9 @@ suspends int export_mirror_start(
 	ret = make_group(request, &call.group, err);
 	if (ret)
 		return err_wrap(err, "export \"%s\"", export->config->name);
-	conf_add(export->snippets, call.group);
-	return change(&call, start_call);
+	ret = change(&call, start_call, cancel_call);
+	conf_free(call.group);
+	return ret;
 }
 
 /* --- looking ---------------------------------------------------------------------------------- */
@@ -216,6 +267,10 @@ static suspends void order_call(void *arg)
 		mirror_resume(mirror);
 	else
 		mirror_set_rate(mirror, call->rate);
+	if (call->export->record) { /* nobody changes it meanwhile */
+		call->reason = call->export->record->reason;
+		note_stack(call);
+	}
 }
 
 suspends int export_mirror_order(
@@ -223,36 +278,38 @@ suspends int export_mirror_order(
 {
 	struct call call = { .export = export, .order = order, .rate = rate, .err = err };
 
-	return change(&call, order_call);
-}
-
-static suspends void cancel_call(void *arg)
-{
-	struct call *call = arg;
-	struct blk *mirror = find(call);
-
-	if (!mirror)
-		return;
-	mirror_cancel(mirror);
-	take_out(call->export, mirror);
-	call->layers = export_layers(call->export);
+	return change(&call, order_call, NULL);
 }
 
 suspends int export_mirror_cancel(struct export *export, struct err *err)
 {
-	struct call call = { .export = export, .err = err };
+	struct call call = { .export = export, .reason = "mirror cancel", .err = err };
+	int ret = change(&call, cancel_call, NULL);
 
-	return change(&call, cancel_call);
+	if (ret && call.layers)
+		err_wrap(err, "the mirror has ended, but after a restart it may come back");
+	return ret;
+}
+
+/* On home; on behalf of the promotion, before it takes place. */
+static suspends int commit_promotion(void *arg, const struct conf *stack, struct err *err)
+{
+	struct call *call = arg;
+
+	return export_remember(call->export, call->reason, stack, err);
 }
 
 static suspends void promote_call(void *arg)
 {
 	struct call *call = arg;
 	struct blk *mirror = find(call);
+	struct mirror_promotion promotion = {
+		.force = call->force, .keep = call->keep, .commit = commit_promotion, .arg = call
+	};
 
 	if (!mirror)
 		return;
-	call->ret = mirror_promote(mirror, call->force, call->keep, call->err);
+	call->ret = mirror_promote(mirror, &promotion, call->err);
 	if (call->ret)
 		return;
 	if (!call->keep)
@@ -262,7 +319,11 @@ static suspends void promote_call(void *arg)
 
 suspends int export_mirror_promote(struct export *export, bool force, bool keep, struct err *err)
 {
-	struct call call = { .export = export, .force = force, .keep = keep, .err = err };
+	struct call call = { .export = export,
+		.force = force,
+		.keep = keep,
+		.reason = keep ? "mirror promote --keep" : "mirror promote",
+		.err = err };
 
-	return change(&call, promote_call);
+	return change(&call, promote_call, NULL);
 }

@@ -20,8 +20,10 @@
 #include "base/units.h"
 #include "base/util.h"
 #include "daemon/daemon.h"
+#include "daemon/export-record.h"
 #include "daemon/kernel.h"
 #include "daemon/nbd_door.h"
+#include "daemon/record.h"
 
 #define KERNEL_BLOCK_SIZE_MIN 512U
 #define KERNEL_BLOCK_SIZE_MAX 4096U /* the page size of every processor we run on, at least */
@@ -386,8 +388,8 @@ static suspends void open_call(void *arg)
 	struct export *export = call->export;
 	const struct config_export *config = export->config;
 
-	call->ret = stack_open(
-		config->stack, &export->daemon->env, config->read_only, &export->top, call->err);
+	call->ret = stack_open(export_stack(export), &export->daemon->env, config->read_only,
+		&export->top, call->err);
 	if (call->ret)
 		return;
 	const struct blk_caps *caps = blk_caps(export->top);
@@ -416,7 +418,7 @@ void export_set_top(struct export *export, struct blk *top)
 static void export_free(struct export *export)
 {
 	json_decref(export->layers);
-	conf_free(export->snippets);
+	record_free(export->record);
 	config_export_put(export->config);
 	config_export_put(export->opened);
 	free(export);
@@ -472,12 +474,13 @@ suspends int export_start(struct daemon *daemon, struct config_export *config,
 	export->config = config_export_get(config);
 	export->opened = config_export_get(config);
 	export->home = least_used_reactor(daemon);
-	export->snippets = conf_new(CONF_LIST, NULL, NULL);
 	co_mutex_init(&export->change);
 	co_group_init(&export->users);
 	task_init(&export->resized, resized_task);
 
-	co_call_on(export->home, open_call, &call);
+	call.ret = export_recall(export, err);
+	if (!call.ret)
+		co_call_on(export->home, open_call, &call);
 	if (call.ret) {
 		export_free(export);
 		return call.ret;

@@ -28,6 +28,7 @@
 
 struct daemon;
 struct kernel_door;
+struct record;
 
 struct export
 {
@@ -42,7 +43,7 @@ struct export
 	struct reactor *home;
 	struct blk *top;       /* home only */
 	json_t *layers;        /* names, top first */
-	struct conf *snippets; /* CONF_LIST: what layers that came later were configured by */
+	struct record *record; /* of changes that outlive it, see export-record.h; NULL: none */
 	_Atomic uint64_t size; /* bytes */
 	uint32_t block_size;   /* the stack's smallest unit: 1 = any byte */
 	bool read_only;

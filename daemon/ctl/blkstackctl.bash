@@ -56,7 +56,7 @@ _blkstackctl() {
 		status | latency | resize | flush | discard | attach | detach | compact | check | clients | remove)
 			candidates=$(blkstackctl "${socket[@]}" list 2>/dev/null | awk 'NR > 1 { print $1 }')
 			;;
-		mirror) candidates="start status wait pause resume rate promote cancel verify" ;;
+		mirror) candidates="start status wait pause resume rate promote cancel forget verify" ;;
 		debug) candidates="on off" ;;
 		disconnect)
 			candidates=$(blkstackctl "${socket[@]}" clients 2>/dev/null | awk 'NR > 1 { print $1 }')
@@ -65,7 +65,7 @@ _blkstackctl() {
 		call)
 			candidates="Info List Status Clients Disconnect Debug Resize Flush Discard Attach Detach Shutdown"
 			candidates+=" MirrorStart MirrorStatus MirrorWait MirrorPause MirrorResume MirrorRate"
-			candidates+=" MirrorCancel MirrorPromote MirrorVerify"
+			candidates+=" MirrorCancel MirrorPromote MirrorForget MirrorVerify"
 			candidates+=" Compact CancelCompact Check Snapshots CreateSnapshot ApplySnapshot"
 			candidates+=" DeleteSnapshot Reload Add Remove"
 			;;

@@ -25,6 +25,7 @@ const char ctl_mirror_help[] =
 	"  rate EXPORT RATE           bytes per second for the copy (50M), 0: no limit\n"
 	"  promote EXPORT             serve from the secondary from now on\n"
 	"  cancel EXPORT              end the mirror; serve from the primary alone\n"
+	"  forget EXPORT              the next start follows the config again, not what these did\n"
 	"  verify EXPORT              read and compare both, in use\n\n"
 	"      --to LAYERS         start: the secondary\n"
 	"      --overwrite         start: what the secondary holds may be destroyed\n"
@@ -287,9 +288,9 @@ static enum ctl_exit run_promote(struct ctl *ctl, const char *export)
 			ctl->mirror.keep));
 
 	if (!status && !ctl->json)
-		printf("%s: serves from what was the secondary. The config file does not say so: "
-		       "change it\n"
-		       "before the daemon is restarted, or it serves the old disk again.\n",
+		printf("%s: serves from what was the secondary, also after a restart (see status), "
+		       "until the\n"
+		       "config file names it: change it there.\n",
 			export);
 	return status;
 }
@@ -319,6 +320,7 @@ enum ctl_exit ctl_mirror_run(struct ctl *ctl, const char **operands, int operand
 		{ "resume", "MirrorResume", NULL },
 		{ "promote", NULL, run_promote },
 		{ "cancel", "MirrorCancel", NULL },
+		{ "forget", "MirrorForget", NULL },
 		{ "verify", NULL, run_verify },
 	};
 	const char *action = operands[0], *export = operands[1];
@@ -336,6 +338,6 @@ enum ctl_exit ctl_mirror_run(struct ctl *ctl, const char **operands, int operand
 	}
 	return ctl_fail(CTL_USAGE,
 		"mirror: unknown action \"%s\" (start, status, wait, pause, resume, rate, promote, "
-		"cancel, verify)",
+		"cancel, forget, verify)",
 		action);
 }

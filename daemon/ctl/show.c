@@ -402,6 +402,19 @@ static void show_latency_line(const char *door, json_t *latency)
 	}
 }
 
+static void show_record(const json_t *record)
+{
+	time_t time = (time_t)get_number(record, "time");
+	char text[32];
+	struct tm tm;
+
+	if (!json_is_object(record))
+		return;
+	strftime(text, sizeof(text), "%Y-%m-%d %H:%M:%S", localtime_r(&time, &tm));
+	printf("  not what the config says, but as \"%s\" left it on %s; remembered in %s\n",
+		get_text(record, "reason"), text, get_text(record, "file"));
+}
+
 static void show_status(const json_t *status)
 {
 	const json_t *export = json_object_get(status, "export");
@@ -417,6 +430,7 @@ static void show_status(const json_t *status)
 	printf("%s\n", get_flag(export, "read_only") ? ", read-only" : "");
 	if (*description)
 		printf("  %s\n", description);
+	show_record(json_object_get(status, "record"));
 	show_kernel(json_object_get(status, "kernel"));
 	show_header();
 	snprintf(name, sizeof(name), "NBD, %llu connection%s", (unsigned long long)connections,

@@ -202,6 +202,9 @@ suspends int stack_open(const struct conf *list, struct blk_env *env, bool read_
  */
 suspends void stack_close(struct blk *top);
 
+/* Adds the configurations of the layers from top down to `end`, which is not one of them (NULL: all) to the list. */
+void stack_describe(const struct blk *top, const struct blk *end, struct conf *list);
+
 /*
  * Nobody waits for what is under way any more, and nobody will call again: new requests get -ESHUTDOWN, layers end
  * what they can end. What cannot be ended goes on, on buffers that stay valid, until it ends by itself. Closing
@@ -252,6 +255,8 @@ struct blk_ops {
 	/* A child's size changed, blk's own is not adjusted yet. Missing: blk takes the size of below over. */
 	void (*child_resized)(struct blk *blk, struct blk *child);
 
+	/* The layer's configuration as it is now, a new group. Missing: it is what it was opened with. */
+	struct conf *(*describe)(const struct blk *blk);
 	/* See blk_abandon(); the children are told by themselves. Missing: nothing can be ended early. */
 	void (*abandon)(struct blk *blk);
 

@@ -337,6 +337,12 @@ suspends int blk_open_child(struct blk *blk, const struct conf *list, bool read_
 	return ret;
 }
 
+void stack_describe(const struct blk *top, const struct blk *end, struct conf *list)
+{
+	for (const struct blk *blk = top; blk && blk != end; blk = blk->below)
+		conf_add(list, blk->ops->describe ? blk->ops->describe(blk) : conf_copy(blk->conf));
+}
+
 void blk_abandon(struct blk *top)
 {
 	for (struct blk *blk = top; blk; blk = blk->below) {

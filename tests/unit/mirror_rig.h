@@ -81,6 +81,13 @@ static inline suspends void fill_leg(struct blk *leg, uint64_t off, uint64_t len
 			blk_write(leg, off + done, buf, MIN(len - done, sizeof(buf)), 0), 0);
 }
 
+static inline suspends int promote(struct blk *blk, bool force, bool keep, struct err *err)
+{
+	struct mirror_promotion promotion = { .force = force, .keep = keep };
+
+	return mirror_promote(blk, &promotion, err);
+}
+
 /* A string of the mirror's status; what it points to belongs to `status`. */
 static inline json_t *status_of(struct mirror *mirror)
 {

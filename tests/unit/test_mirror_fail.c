@@ -346,11 +346,11 @@ suspends CO_TEST(test_no_promotion_of_what_owes_answers)
 	wait_phase(mirror, MIRROR_IN_SYNC);
 	fault_set(fault_find(mirror->secondary), &hangs);
 	write_once(mirror);
-	ck_assert_int_eq(mirror_promote(&mirror->blk, true, false, &err), -EAGAIN);
+	ck_assert_int_eq(promote(&mirror->blk, true, false, &err), -EAGAIN);
 	ck_assert_msg(strstr(err.text, "has not answered 1 requests") != NULL, "%s", err.text);
 	fault_set(fault_find(mirror->secondary), NULL);
 	wait_phase(mirror, MIRROR_IN_SYNC);
-	ck_assert_int_eq(mirror_promote(&mirror->blk, false, false, &err), 0);
+	ck_assert_int_eq(promote(&mirror->blk, false, false, &err), 0);
 	mirror_unlink(&mirror->blk, &stack.top);
 	stack_close(&mirror->blk);
 	test_stack_close(&stack);
@@ -389,7 +389,7 @@ suspends CO_TEST(test_read_across_a_promotion)
 	co_group_start(&group, read_once, mirror);
 	while (!primary->in_flight.running)
 		co_sleep_ns(0);
-	ck_assert_int_eq(mirror_promote(&mirror->blk, false, false, &err), 0);
+	ck_assert_int_eq(promote(&mirror->blk, false, false, &err), 0);
 	ck_assert_uint_eq(group.running, 1);
 	mirror_unlink(&mirror->blk, &stack.top);
 	stack_close(&mirror->blk);

@@ -299,7 +299,7 @@ suspends CO_TEST(test_promoted_and_cancelled)
 
 	mirror_resume(&mirror->blk);
 	wait_phase(mirror, MIRROR_IN_SYNC);
-	ck_assert_int_eq(mirror_promote(stack.top, false, false, &err), 0);
+	ck_assert_int_eq(promote(stack.top, false, false, &err), 0);
 	test_stack_close(&stack);
 	/* with the old roles, the new data would be overwritten */
 	ck_assert_int_eq(try_open(&stack, "", "overwrite = true;", &err), -EINVAL);

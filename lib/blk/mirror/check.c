@@ -132,10 +132,10 @@ bool mirror_conf_nests(const struct conf *stack)
 
 /* --- do they fit? ----------------------------------------------------------------------------- */
 
-int mirror_check_legs(const struct mirror *mirror, struct err *err)
+int mirror_check_legs(const struct mirror *mirror, const struct blk *secondary_blk, struct err *err)
 {
 	const struct blk_caps *primary = blk_caps(mirror->primary);
-	const struct blk_caps *secondary = blk_caps(mirror->secondary);
+	const struct blk_caps *secondary = blk_caps(secondary_blk);
 	char text[2][UNITS_SIZE_TEXT_LEN];
 
 	if (!is_aligned(primary->size, secondary->block_size))

@@ -60,11 +60,7 @@ struct step {
 
 void mirror_primary_failed(struct mirror *mirror, uint64_t off, uint64_t len, int ret)
 {
-	struct mirror_failure *failure = &mirror->primary_failure;
-
-	failure->count++;
-	failure->time = time(NULL);
-	snprintf(failure->text, sizeof(failure->text), "read of %llu bytes at %llu: %s",
+	mirror_failed(&mirror->primary_failure, "read of %llu bytes at %llu: %s",
 		(unsigned long long)len, (unsigned long long)off, strerror(-ret));
 }
 
@@ -301,6 +297,8 @@ static suspends void complete(struct mirror *mirror)
 		return;
 	mirror->retry_delay_ns = 0;
 	mirror->single_chunks = false;
+	if (mirror->secondary_failure.count)
+		blk_notice(&mirror->blk, "the secondary is in sync again");
 	mirror->completed_count++;
 	mirror_set_phase(mirror, MIRROR_IN_SYNC);
 }
@@ -325,6 +323,17 @@ static suspends void pass(struct mirror *mirror)
 	}
 }
 
+/* It was not there when the mirror was opened. */
+static suspends int open_again(struct mirror *mirror)
+{
+	struct err err;
+	int ret = mirror_open_secondary(mirror, &err);
+
+	if (ret)
+		mirror_failed(&mirror->secondary_failure, "it cannot be opened: %s", err.text);
+	return ret;
+}
+
 /* Tries the secondary again, by something that guests do not wait for. */
 static suspends void probe(struct mirror *mirror)
 {
@@ -332,7 +341,9 @@ static suspends void probe(struct mirror *mirror)
 	uint64_t run_len;
 	int ret = 0;
 
-	if (mirror->log.broken)
+	if (!mirror->secondary)
+		ret = open_again(mirror);
+	if (!ret && mirror->log.broken)
 		ret = mirror_log_rewrite(mirror);
 	if (!ret && mirror_dirty_next(mirror, 0, &step.off, &run_len)) {
 		step.len = MIN(run_len, mirror->chunk_size);

@@ -26,7 +26,10 @@ int mirror_dirty_init(struct mirror *mirror, struct err *err)
 	uint64_t size = mirror->blk.caps.size;
 
 	mirror->chunk_size = MAX(mirror->chunk_size, (uint64_t)mirror->primary->caps.block_size);
-	mirror->chunk_size = MAX(mirror->chunk_size, (uint64_t)mirror->secondary->caps.block_size);
+	/* A secondary that is not there yet may have any block size. */
+	mirror->chunk_size = MAX(mirror->chunk_size,
+		(uint64_t)(mirror->secondary ? mirror->secondary->caps.block_size
+					     : BLK_BLOCK_SIZE_MAX));
 	while (size / mirror->chunk_size > MIRROR_CHUNKS_MAX)
 		mirror->chunk_size *= 2;
 	if (mirror->chunk_size > MIRROR_CHUNK_MAX)

@@ -16,12 +16,12 @@
  * Invariant: a request is either waited for, or given up and only its own coroutine's.
  */
 #include <errno.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
-#include "base/log.h"
 #include "blk/mirror/mirror_private.h"
 #include "rt/buf.h"
 
@@ -260,6 +260,17 @@ void mirror_retry_later(struct mirror *mirror)
 				      : reactor_now_ns() + mirror->retry_delay_ns;
 }
 
+void mirror_failed(struct mirror_failure *failure, const char *fmt, ...)
+{
+	va_list ap;
+
+	failure->count++;
+	failure->time = time(NULL);
+	va_start(ap, fmt);
+	vsnprintf(failure->text, sizeof(failure->text), fmt, ap);
+	va_end(ap);
+}
+
 void mirror_degrade(struct mirror *mirror, const char *what, uint64_t off, uint64_t len, int error)
 {
 	struct mirror_failure *failure = &mirror->secondary_failure;
@@ -267,21 +278,20 @@ void mirror_degrade(struct mirror *mirror, const char *what, uint64_t off, uint6
 	if (mirror->phase == MIRROR_DETACHED)
 		return;
 	mirror_dirty_set(mirror, off, len);
-	failure->count++;
-	if (mirror->phase == MIRROR_DEGRADED)
-		return; /* the first failure is the one to tell */
+	if (mirror->phase == MIRROR_DEGRADED) {
+		failure->count++; /* the first failure is the one to tell */
+		return;
+	}
 	mirror_recent_to_dirty(mirror);
 	mirror->degradations++;
-	failure->time = time(NULL);
 	if (error == -ETIMEDOUT)
-		snprintf(failure->text, sizeof(failure->text),
-			"%s of %llu bytes at %llu: no answer within %lld s", what,
+		mirror_failed(failure, "%s of %llu bytes at %llu: no answer within %lld s", what,
 			(unsigned long long)len, (unsigned long long)off,
 			(long long)mirror->timeout_s);
 	else
-		snprintf(failure->text, sizeof(failure->text), "%s of %llu bytes at %llu: %s", what,
+		mirror_failed(failure, "%s of %llu bytes at %llu: %s", what,
 			(unsigned long long)len, (unsigned long long)off, strerror(-error));
-	log_debug("mirror: degraded: %s", failure->text);
+	blk_notice(&mirror->blk, "degraded, the primary serves alone: %s", failure->text);
 	mirror_retry_later(mirror);
 	mirror_set_phase(mirror, MIRROR_DEGRADED);
 }

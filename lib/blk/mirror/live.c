@@ -179,34 +179,26 @@ static int refuse_promote(const struct mirror *mirror, struct err *err)
 }
 
 /* The legs change places; requests under way have theirs in hand. */
-static void exchange(struct mirror *mirror)
+static suspends void exchange(struct mirror *mirror)
 {
 	struct blk *old = mirror->primary;
+	int ret;
 
 	list_remove(&mirror->secondary->extra_link);
 	list_push_back(&mirror->blk.extra_children, &old->extra_link);
 	mirror->primary = mirror->blk.below = mirror->secondary;
 	mirror->secondary = old;
+	ret = mirror_log_turn(mirror);
+	if (ret)
+		mirror_degrade(mirror, "intent log: write", 0, 0, ret);
 }
 
-static suspends int promote_locked(struct mirror *mirror, bool force, bool keep, struct err *err)
+/* Both legs hold the same, and durably so, if need be. */
+static suspends int flush_legs(struct mirror *mirror, bool keep, struct err *err)
 {
-	bool in_sync = mirror_in_sync(&mirror->blk);
-	struct leg_op *op;
-	int ret, primary_ret;
+	struct leg_op *op = leg_begin(mirror, LEG_FLUSH, 0, 0, 0, NULL);
+	int primary_ret = blk_flush(mirror->primary), ret = leg_end(op);
 
-	if (mirror->phase == MIRROR_DETACHED)
-		return err_set(err, EINVAL, "the mirror has ended: %s", mirror->note);
-	if (!in_sync && (!force || keep))
-		return refuse_promote(mirror, err);
-	if (mirror->leg->given_up_count)
-		return err_set(err, EAGAIN,
-			"the secondary has not answered %u requests yet, and a late one could undo "
-			"what is written after it took over",
-			mirror->leg->given_up_count);
-	op = leg_begin(mirror, LEG_FLUSH, 0, 0, 0, NULL);
-	primary_ret = blk_flush(mirror->primary);
-	ret = leg_end(op);
 	if (ret) {
 		mirror_degrade(mirror, "flush", 0, 0, ret);
 		return err_sys(err, -ret, "the secondary cannot be flushed");
@@ -215,24 +207,65 @@ static suspends int promote_locked(struct mirror *mirror, bool force, bool keep,
 	if (keep && primary_ret)
 		return err_sys(
 			err, -primary_ret, "the primary, which is to be kept, cannot be flushed");
-	ret = mirror_log_end(mirror, true);
-	if (ret && !force)
-		return err_sys(err, -ret, "the intent log \"%s\" cannot be told", mirror->log_path);
-	if (keep)
-		exchange(mirror);
-	else
-		detach(mirror, true);
 	return 0;
 }
 
-suspends int mirror_promote(struct blk *blk, bool force, bool keep, struct err *err)
+static suspends int commit(
+	struct mirror *mirror, const struct mirror_promotion *promotion, struct err *err)
+{
+	struct conf *stack;
+	int ret;
+
+	if (!promotion->commit)
+		return 0;
+	stack = mirror_describe_promoted(mirror, promotion->keep);
+	ret = promotion->commit(promotion->arg, stack, err);
+	conf_free(stack);
+	return ret;
+}
+
+static suspends int promote_locked(
+	struct mirror *mirror, const struct mirror_promotion *promotion, struct err *err)
+{
+	bool in_sync = mirror_in_sync(&mirror->blk), keep = promotion->keep;
+	int ret;
+
+	if (mirror->phase == MIRROR_DETACHED)
+		return err_set(err, EINVAL, "the mirror has ended: %s", mirror->note);
+	if (!mirror->secondary || (!in_sync && (!promotion->force || keep)))
+		return refuse_promote(mirror, err);
+	if (mirror->leg->given_up_count)
+		return err_set(err, EAGAIN,
+			"the secondary has not answered %u requests yet, and a late one could undo "
+			"what is written after it took over",
+			mirror->leg->given_up_count);
+	ret = flush_legs(mirror, keep, err);
+	if (!ret)
+		ret = commit(mirror, promotion, err);
+	if (ret)
+		return ret;
+	if (keep) {
+		exchange(mirror);
+		return 0;
+	}
+	ret = mirror_log_end(mirror, true);
+	if (ret) /* a second line of defence only */
+		blk_notice(&mirror->blk,
+			"the intent log \"%s\" cannot be told of the promotion: %s",
+			mirror->log_path, strerror(-ret));
+	detach(mirror, true);
+	return 0;
+}
+
+suspends int mirror_promote(
+	struct blk *blk, const struct mirror_promotion *promotion, struct err *err)
 {
 	struct mirror *mirror = to_mirror(blk);
 	struct range range;
 	int ret;
 
 	range_lock_acquire(&mirror->writes, &range, 0, UINT64_MAX, true);
-	ret = promote_locked(mirror, force, keep, err);
+	ret = promote_locked(mirror, promotion, err);
 	range_lock_release(&mirror->writes, &range);
 	return ret;
 }

@@ -36,9 +36,13 @@ static uint64_t hash_bytes(uint64_t hash, const void *bytes, size_t len)
 	return hash;
 }
 
+/* How a disk is made when it is not there does not make it another one. */
 static uint64_t hash_conf(uint64_t hash, const struct conf *conf)
 {
 	const char *name = conf->name ? conf->name : "", *text = conf->string ? conf->string : "";
+
+	if (conf_name_equal(name, "create") || conf_name_equal(name, "size"))
+		return hash;
 
 	hash = hash_bytes(hash, name, strlen(name) + 1);
 	hash = hash_bytes(hash, text, strlen(text) + 1);
@@ -49,9 +53,16 @@ static uint64_t hash_conf(uint64_t hash, const struct conf *conf)
 	return hash;
 }
 
-static uint64_t identity_of(const struct mirror *mirror)
+/* What a leg was opened with; of a secondary that could not be opened, what it is to be opened with. */
+static uint64_t identity_of(const struct mirror *mirror, const struct blk *leg)
 {
-	return hash_conf(UINT64_C(0xcbf29ce484222325), mirror->secondary_conf);
+	uint64_t hash = UINT64_C(0xcbf29ce484222325);
+
+	for (size_t i = 0; !leg && i < mirror->secondary_conf->item_count; i++)
+		hash = hash_conf(hash, mirror->secondary_conf->items[i]);
+	for (; leg; leg = leg->below)
+		hash = hash_conf(hash, leg->conf);
+	return hash;
 }
 
 /* --- writing ---------------------------------------------------------------------------------- */
@@ -113,7 +124,8 @@ static suspends int write_header(struct mirror *mirror, enum log_state state)
 	header->size = be64_make(mirror->blk.caps.size);
 	header->region_size = be64_make(mirror->region_size);
 	header->region_count = be64_make(mirror->region_count);
-	header->identity = be64_make(identity_of(mirror));
+	header->identity = be64_make(identity_of(mirror, mirror->secondary));
+	header->primary_identity = be64_make(identity_of(mirror, mirror->primary));
 	header->checksum = be32_make((uint32_t)crc32(
 		0, (const Bytef *)header, sizeof(*header) - sizeof(header->checksum)));
 	int ret = blk_write(mirror->log.blk, 0, header, sizeof(*header), BLK_FUA);
@@ -143,7 +155,7 @@ suspends int mirror_log_rewrite(struct mirror *mirror)
 	if (!ret)
 		ret = write_map(mirror, needed, true, true);
 	if (!ret)
-		ret = write_header(mirror, log->promoted ? LOG_PROMOTED : LOG_IN_USE);
+		ret = write_header(mirror, log->turned ? LOG_TURNED : LOG_IN_USE);
 	log->broken = ret != 0;
 	if (!ret)
 		memcpy(log->durable, needed, sizeof(needed));
@@ -226,6 +238,12 @@ suspends void mirror_log_relax(struct mirror *mirror)
 	co_mutex_unlock(&log->mutex);
 }
 
+suspends int mirror_log_turn(struct mirror *mirror)
+{
+	mirror->log.turned = true;
+	return mirror_log_rewrite(mirror);
+}
+
 suspends int mirror_log_end(struct mirror *mirror, bool promoted)
 {
 	int ret = 0;
@@ -233,7 +251,6 @@ suspends int mirror_log_end(struct mirror *mirror, bool promoted)
 	if (!mirror->log.blk)
 		return 0;
 	co_mutex_lock(&mirror->log.mutex);
-	mirror->log.promoted = promoted;
 	ret = write_header(mirror, promoted ? LOG_PROMOTED : LOG_ENDED);
 	co_mutex_unlock(&mirror->log.mutex);
 	return ret;
@@ -262,11 +279,11 @@ static const char *header_problem(const struct mirror *mirror, const struct log_
 	if (be64_get(header->region_size) != mirror->region_size ||
 		be64_get(header->region_count) != mirror->region_count)
 		return "has regions of another size";
-	if (be64_get(header->identity) != identity_of(mirror))
+	if (be64_get(header->identity) != identity_of(mirror, mirror->secondary))
 		return "is that of another secondary";
 	if (be32_get(header->state) == LOG_ENDED)
 		return "says that the legs went separate ways";
-	if (be32_get(header->state) > LOG_ENDED)
+	if (be32_get(header->state) > LOG_TURNED)
 		return "is damaged (state)";
 	return NULL;
 }
@@ -313,6 +330,19 @@ static suspends int open_child(struct mirror *mirror, struct err *err)
 	return 0;
 }
 
+/* With these roles the copy would destroy what was written since a promotion. */
+static bool has_newer_secondary(
+	const struct mirror *mirror, const struct log_header *header, const char *problem)
+{
+	bool is_log = !memcmp(header->magic, LOG_MAGIC, sizeof(header->magic));
+
+	if (!problem)
+		return be32_get(header->state) == LOG_PROMOTED;
+	return is_log && be32_get(header->state) == LOG_TURNED &&
+	       be64_get(header->identity) == identity_of(mirror, mirror->primary) &&
+	       be64_get(header->primary_identity) == identity_of(mirror, mirror->secondary);
+}
+
 /* What is dirty according to the log. -errno: this file must not be used at all. */
 static suspends int believe(struct mirror *mirror, struct err *err)
 {
@@ -331,7 +361,7 @@ static suspends int believe(struct mirror *mirror, struct err *err)
 			mirror->log_path);
 	else
 		problem = header_problem(mirror, &header);
-	if (!problem && be32_get(header.state) == LOG_PROMOTED)
+	if (has_newer_secondary(mirror, &header, problem))
 		return err_set(err, EINVAL,
 			"the secondary of this mirror was promoted: it has the current data, and "
 			"the primary is old. Exchange them in the config, or remove the intent log "
@@ -339,6 +369,7 @@ static suspends int believe(struct mirror *mirror, struct err *err)
 			mirror->log_path);
 	if (!problem)
 		problem = read_map(mirror, regions);
+	mirror->log.turned = !problem && be32_get(header.state) == LOG_TURNED;
 	if (problem) {
 		snprintf(mirror->note, sizeof(mirror->note),
 			"everything is copied: the intent log %s", problem);

@@ -28,6 +28,8 @@ enum log_state {
 	LOG_PROMOTED =
 		1,     /* the secondary was made the primary: this mirror must not run as it was */
 	LOG_ENDED = 2, /* the legs went separate ways: everything may differ */
+	LOG_TURNED =
+		3, /* in use, since a promotion turned the mirror round: not with the roles from before */
 };
 
 struct log_header {
@@ -37,8 +39,9 @@ struct log_header {
 	be64 size;        /* of the disk, bytes */
 	be64 region_size; /* bytes, a power of two */
 	be64 region_count;
-	be64 identity; /* a hash of the secondary's configuration */
-	uint8_t reserved[LOG_SECTOR - 52];
+	be64 identity;         /* a hash of the secondary's configuration */
+	be64 primary_identity; /* and of the primary's */
+	uint8_t reserved[LOG_SECTOR - 60];
 	be32 checksum; /* CRC-32 (as zlib's) of all before it */
 };
 

@@ -50,6 +50,8 @@ static const struct opt mirror_options[] = {
 	{ "on-error", OPT_ENUM, OPT(on_error), "degrade", .choices = on_error_names,
 		.help = "when the secondary fails: degrade (and try it again), or stop (until it "
 			"is resumed)" },
+	{ "start-degraded", OPT_BOOL, OPT(start_degraded), "false",
+		.help = "start without the secondary when it cannot be opened, and try it again" },
 	{ "paused", OPT_BOOL, OPT(paused), "false", .help = "copy nothing until it is resumed" },
 	{ 0 },
 };
@@ -327,14 +329,44 @@ static void init(struct mirror *mirror)
 static void set_caps(struct mirror *mirror)
 {
 	struct blk_caps *caps = &mirror->blk.caps;
-	const struct blk_caps *secondary = blk_caps(mirror->secondary);
+	const struct blk_caps *secondary = mirror->secondary ? &mirror->secondary->caps : NULL;
 
-	caps->preferred_size = MAX(caps->preferred_size, secondary->preferred_size);
-	caps->zero_fast &= secondary->zero_fast;
 	caps->fua = true; /* what a leg cannot do, its calls make up for */
 	caps->grows = caps->multi_reactor = false;
+	if (!secondary) {
+		caps->zero_fast = false;
+		caps->caches_writes = true;
+		return;
+	}
+	caps->preferred_size = MAX(caps->preferred_size, secondary->preferred_size);
+	caps->zero_fast &= secondary->zero_fast;
 	caps->caches_writes |= secondary->caches_writes;
 	caps->dies_with_process |= secondary->dies_with_process;
+}
+
+suspends int mirror_open_secondary(struct mirror *mirror, struct err *err)
+{
+	struct blk *secondary;
+	int ret = blk_open_child(&mirror->blk, mirror->secondary_conf, false, &secondary, err);
+
+	if (ret)
+		return err_wrap(err, "secondary");
+	ret = mirror_check_legs(mirror, secondary, err);
+	if (!ret) {
+		mirror->secondary = secondary;
+	} else if (mirror->start_degraded) {
+		list_remove(&secondary->extra_link);
+		stack_close(secondary);
+	}
+	return ret;
+}
+
+static void start_without(struct mirror *mirror, const struct err *err)
+{
+	mirror->phase = MIRROR_DEGRADED;
+	mirror_failed(&mirror->secondary_failure, "it cannot be opened: %s", err->text);
+	blk_notice(&mirror->blk, "starts without the secondary: %s", err->text);
+	mirror_retry_later(mirror);
 }
 
 static suspends int mirror_open(struct blk *blk, struct err *err)
@@ -350,13 +382,14 @@ static suspends int mirror_open(struct blk *blk, struct err *err)
 		return 0;
 	}
 	ret = mirror_check_identity(mirror, err);
-	if (!ret)
-		ret = blk_open_child(blk, mirror->secondary_conf, false, &mirror->secondary, err);
 	if (ret)
 		return err_wrap(err, "secondary");
-	ret = mirror_check_legs(mirror, err);
-	if (!ret)
-		ret = mirror_dirty_init(mirror, err);
+	ret = mirror_open_secondary(mirror, err);
+	if (ret && mirror->start_degraded)
+		start_without(mirror, err);
+	else if (ret)
+		return ret;
+	ret = mirror_dirty_init(mirror, err);
 	if (ret)
 		return ret;
 	mirror_dirty_set(mirror, 0, blk->caps.size);
@@ -404,4 +437,5 @@ const struct blk_ops mirror_ops = {
 	.resize = mirror_resize,
 	.child_resized = mirror_child_resized,
 	.status = mirror_add_status,
+	.describe = mirror_describe,
 };

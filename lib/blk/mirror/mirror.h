@@ -59,7 +59,17 @@ suspends void mirror_cancel(struct blk *blk);
  * keep: the mirror stays, with exchanged legs; for mirrors in sync only. Else it only passes requests on now,
  * and is to be unlinked.
  */
-suspends int mirror_promote(struct blk *blk, bool force, bool keep, struct err *err);
+struct mirror_promotion {
+	bool force, keep;
+	/*
+	 * Called when both legs are still and flushed: makes it durable that the export is `stack` (a CONF_LIST) from
+	 * now on. When it fails nothing has changed. NULL: nobody remembers.
+	 */
+	suspends int (*commit)(void *arg, const struct conf *stack, struct err *err);
+	void *arg;
+};
+suspends int mirror_promote(
+	struct blk *blk, const struct mirror_promotion *promotion, struct err *err);
 
 /*
  * After one of these two: takes the mirror out of its stack; *top is changed if it was the mirror. What is

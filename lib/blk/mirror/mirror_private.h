@@ -9,6 +9,7 @@
  *	log.c		the write-intent log
  *	live.c		pause, promote, cancel, compare
  *	status.c	what status tells
+ *	describe.c	a configuration that says how things are now
  */
 #pragma once
 
@@ -118,7 +119,7 @@ void mirror_retry_later(struct mirror *mirror);
 struct mirror_log {
 	struct blk *blk; /* NULL: there is none */
 	bool broken;     /* could not be written; what is on it is not to be trusted */
-	bool promoted;   /* what its header says */
+	bool turned;     /* by a promotion */
 	uint64_t durable[MIRROR_REGION_WORDS]; /* what is on the disk */
 	struct co_mutex mutex;                 /* held by whoever writes it */
 	uint64_t writes;
@@ -130,7 +131,7 @@ enum mirror_phase { MIRROR_COPYING, MIRROR_IN_SYNC, MIRROR_DEGRADED, MIRROR_DETA
 enum mirror_on_error { MIRROR_RETRY, MIRROR_STOP };
 
 struct mirror_failure {
-	char text[160]; /* "" : none so far */
+	char text[224]; /* "" : none so far */
 	int64_t time;   /* CLOCK_REALTIME, seconds */
 	uint64_t count;
 };
@@ -140,7 +141,7 @@ struct mirror {
 
 	/* options */
 	const struct conf *secondary_conf;
-	bool overwrite, paused;
+	bool overwrite, paused, start_degraded;
 	uint64_t rate; /* bytes/s, 0: none */
 	uint64_t chunk_size;
 	int on_error; /* enum mirror_on_error */
@@ -149,7 +150,7 @@ struct mirror {
 
 	/*
 	 * The legs. primary is blk.below until a promotion; requests use these pointers, so that they can
-	 * finish while the graph is being changed.
+	 * finish while the graph is being changed. No secondary: it could not be opened yet (degraded).
 	 */
 	struct blk *primary, *secondary;
 	enum mirror_phase phase;
@@ -217,15 +218,22 @@ static inline uint64_t mirror_clear_max(const struct mirror *mirror)
 								      : MIRROR_SLOW_CLEAR_MAX_BYTES;
 }
 
+/* Counts a failure and says what it was. */
+void mirror_failed(struct mirror_failure *failure, const char *fmt, ...)
+	__attribute__((format(printf, 2, 3)));
+
 /* Who serves when the mirror only passes on, and who is asked first otherwise. */
 static inline struct blk *mirror_main_leg(const struct mirror *mirror)
 {
 	return mirror->promoted ? mirror->secondary : mirror->primary;
 }
 
+/* mirror.c. The secondary, opened and looked at; on an error there is none. */
+suspends int mirror_open_secondary(struct mirror *mirror, struct err *err);
+
 /* check.c. The first looks at configuration alone, and at the files that it names. */
 suspends int mirror_check_identity(const struct mirror *mirror, struct err *err);
-int mirror_check_legs(const struct mirror *mirror, struct err *err);
+int mirror_check_legs(const struct mirror *mirror, const struct blk *secondary, struct err *err);
 bool mirror_conf_nests(const struct conf *stack);
 
 /* dirty.c */
@@ -258,8 +266,15 @@ suspends int mirror_log_open(struct mirror *mirror, struct err *err);
 suspends int mirror_log_require(struct mirror *mirror, uint64_t off, uint64_t len);
 suspends int mirror_log_rewrite(struct mirror *mirror); /* header and all regions that are needed */
 suspends void mirror_log_relax(struct mirror *mirror);  /* takes back what is not needed any more */
+/* The legs have changed places. */
+suspends int mirror_log_turn(struct mirror *mirror);
 /* The mirror ends: a restart with the same roles must not trust the log, or not run at all (promoted). */
 suspends int mirror_log_end(struct mirror *mirror, bool promoted);
+
+/* describe.c */
+struct conf *mirror_describe(const struct blk *blk);
+/* The whole stack, as it is after a promotion. */
+struct conf *mirror_describe_promoted(const struct mirror *mirror, bool keep);
 
 /* status.c */
 void mirror_add_status(struct blk *blk, json_t *object);
