@@ -64,7 +64,8 @@ static int refuse(const struct export *export, const struct record *record, stru
 {
 	return err_set(err, EINVAL,
 		"export \"%s\": by \"%s\" it moved to another disk, says \"%s\"; the config names "
-		"neither that disk nor the one from before. Correct the config, or remove that file to "
+		"neither that disk nor the one from before. Correct the config, or remove that "
+		"file to "
 		"serve what the config names",
 		export->config->name, record->reason, record->file);
 }
@@ -83,8 +84,9 @@ suspends int export_recall(struct export *export, struct err *err)
 	switch (record_judge(job.record, export->opened->stack)) {
 	case RECORD_HOLDS:
 		date_text(job.record->time, date, sizeof(date));
-		log_warning("export \"%s\": opens what it was changed to by \"%s\" on %s, as \"%s\" "
-			    "says, not what the config names",
+		log_warning(
+			"export \"%s\": opens what it was changed to by \"%s\" on %s, as \"%s\" "
+			"says, not what the config names",
 			export->config->name, job.record->reason, date, path);
 		export->record = job.record;
 		return 0;
@@ -95,7 +97,8 @@ suspends int export_recall(struct export *export, struct err *err)
 	case RECORD_IS_DONE:
 		break;
 	}
-	log_info("export \"%s\": the config names what it was changed to: \"%s\" is not needed any more",
+	log_info("export \"%s\": the config names what it was changed to: \"%s\" is not needed any "
+		 "more",
 		export->config->name, path);
 	record_free(job.record);
 	job.stack = NULL;
@@ -103,12 +106,22 @@ suspends int export_recall(struct export *export, struct err *err)
 	return job.ret ? err_wrap(err, "export \"%s\"", export->config->name) : 0;
 }
 
+suspends void export_review_record(struct export *export)
+{
+	struct err err;
+
+	if (export->record &&
+		record_judge(export->record, export->config->stack) == RECORD_IS_DONE &&
+		export_forget(export, &err))
+		log_error("%s", err.text);
+}
+
 /* --- changes ---------------------------------------------------------------------------------- */
 
 suspends int export_remember(
 	struct export *export, const char *reason, const struct conf *stack, struct err *err)
 {
-	const struct conf *instead_of = export->opened->stack;
+	const struct conf *instead_of = export->config->stack;
 	CLEANUP(free) char *path = path_of(export);
 	struct job job = { .path = path,
 		.name = export->config->name,

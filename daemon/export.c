@@ -387,9 +387,11 @@ static suspends void open_call(void *arg)
 	struct call *call = arg;
 	struct export *export = call->export;
 	const struct config_export *config = export->config;
+	struct conf *recorded = export->record ? record_to_open(export->record->stack) : NULL;
 
-	call->ret = stack_open(export_stack(export), &export->daemon->env, config->read_only,
-		&export->top, call->err);
+	call->ret = stack_open(recorded ? recorded : config->stack, &export->daemon->env,
+		config->read_only, &export->top, call->err);
+	conf_free(recorded);
 	if (call->ret)
 		return;
 	const struct blk_caps *caps = blk_caps(export->top);

@@ -64,16 +64,7 @@ static void write_text(const char *text, FILE *out)
 	fputc('"', out);
 }
 
-/* A disk that is gone must not be made anew, empty, without anybody being asked. */
-static bool is_left_out(const struct conf *group, const char *name)
-{
-	const struct conf *layer = conf_get(group, "layer");
-	bool is_file = layer && layer->type == CONF_STRING && !strcmp(layer->string, "file");
-
-	return is_file && (conf_name_equal(name, "create") || conf_name_equal(name, "size"));
-}
-
-static void write_value(const struct conf *value, bool whole, int depth, FILE *out)
+static void write_value(const struct conf *value, int depth, FILE *out)
 {
 	bool group = value->type == CONF_GROUP;
 
@@ -95,14 +86,12 @@ static void write_value(const struct conf *value, bool whole, int depth, FILE *o
 	for (size_t i = 0; i < value->item_count; i++) {
 		const struct conf *item = value->items[i];
 
-		if (group && !whole && is_left_out(value, item->name))
-			continue;
 		fputs(i && !group ? "," : "", out);
 		if (group)
 			fprintf(out, " %s = ", item->name);
 		else
 			fprintf(out, "\n%*s", 2 * (depth + 1), "");
-		write_value(item, whole, depth + 1, out);
+		write_value(item, depth + 1, out);
 		fputs(group ? ";" : "", out);
 	}
 	fputs(group ? " }" : " )", out);
@@ -111,7 +100,8 @@ static void write_value(const struct conf *value, bool whole, int depth, FILE *o
 static void write_record(const char *export, const char *reason, const struct conf *instead_of,
 	const struct conf *stack, FILE *out)
 {
-	fputs("# Written by blkstackd, which reads it when it starts; see blkstack.conf(5), \"state\".\n"
+	fputs("# Written by blkstackd, which reads it when it starts; see blkstack.conf(5), "
+	      "\"state\".\n"
 	      "# What the export is served from since it was changed while it ran:\n",
 		out);
 	fputs("export = ", out);
@@ -119,9 +109,9 @@ static void write_record(const char *export, const char *reason, const struct co
 	fputs(";\nreason = ", out);
 	write_text(reason, out);
 	fprintf(out, ";\ntime = %lld;\nstack = ", (long long)time(NULL));
-	write_value(stack, false, 0, out);
+	write_value(stack, 0, out);
 	fputs(";\n# as long as the config says:\ninstead-of = ", out);
-	write_value(instead_of, true, 0, out);
+	write_value(instead_of, 0, out);
 	fputs(";\n", out);
 }
 
@@ -147,7 +137,8 @@ int record_write(const char *path, const char *export, const char *reason,
 
 	if (!out)
 		return err_sys(err, errno,
-			"cannot remember the change in \"%s\" (setting \"state\" names another folder)",
+			"cannot remember the change in \"%s\" (setting \"state\" names another "
+			"folder)",
 			fresh);
 	write_record(export, reason, instead_of, stack, out);
 	if (fflush(out) || fsync(fd))
@@ -262,8 +253,7 @@ static bool same_disk(const struct conf *a, const struct conf *b)
 		const struct conf *values[] = { conf_get(leaves[0], keys[i]),
 			conf_get(leaves[1], keys[i]) };
 
-		if (!values[0] != !values[1] ||
-			(values[0] && !conf_equal(values[0], values[1])))
+		if (!values[0] != !values[1] || (values[0] && !conf_equal(values[0], values[1])))
 			return false;
 	}
 	return true;
@@ -276,4 +266,26 @@ enum record_use record_judge(const struct record *record, const struct conf *con
 	if (same_disk(config_stack, record->stack))
 		return RECORD_IS_DONE;
 	return same_disk(config_stack, record->instead_of) ? RECORD_HOLDS : RECORD_CONFLICTS;
+}
+
+static bool is_about_creation(const struct conf *group, const char *name)
+{
+	const struct conf *layer = conf_get(group, "layer");
+	bool is_file = layer && layer->type == CONF_STRING && !strcmp(layer->string, "file");
+
+	return is_file && (conf_name_equal(name, "create") || conf_name_equal(name, "size"));
+}
+
+struct conf *record_to_open(const struct conf *stack)
+{
+	struct conf *copy = conf_new(stack->type, stack->name, stack->where);
+
+	for (size_t i = 0; i < stack->item_count; i++) {
+		const struct conf *item = stack->items[i];
+		bool nested = item->type == CONF_LIST || item->type == CONF_GROUP;
+
+		if (stack->type == CONF_LIST || !is_about_creation(stack, item->name))
+			conf_add(copy, nested ? record_to_open(item) : conf_copy(item));
+	}
+	return copy;
 }

@@ -40,5 +40,11 @@ int record_write(const char *path, const char *export, const char *reason,
 	const struct conf *instead_of, const struct conf *stack, struct err *err);
 int record_remove(const char *path, struct err *err); /* fine when there is none */
 
+/*
+ * A copy of the stack for opening it, to be freed: nothing is created, for a disk that is gone must not be made
+ * anew, empty, without anybody being asked.
+ */
+struct conf *record_to_open(const struct conf *stack);
+
 enum record_use { RECORD_HOLDS, RECORD_IS_DONE, RECORD_CONFLICTS };
 enum record_use record_judge(const struct record *record, const struct conf *config_stack);

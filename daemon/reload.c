@@ -25,6 +25,7 @@
 #include "daemon/config-source.h"
 #include "daemon/control.h"
 #include "daemon/daemon.h"
+#include "daemon/export-record.h"
 #include "daemon/export.h"
 #include "daemon/kernel.h"
 #include "daemon/nbd_door.h"
@@ -420,6 +421,8 @@ static suspends int reload_locked(
 		if (ret)
 			return ret;
 		log_steps(&reload->diff);
+		list_for_each (link, &daemon->exports)
+			export_review_record(list_entry(link, struct export, link));
 	}
 	*steps = config_diff_json(&reload->diff);
 	return 0;

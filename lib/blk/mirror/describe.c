@@ -19,8 +19,7 @@ static bool is_ours(const char *name)
 	return false;
 }
 
-static struct conf *describe(
-	const struct mirror *mirror, const struct blk *secondary, bool paused)
+static struct conf *describe(const struct mirror *mirror, const struct blk *secondary, bool paused)
 {
 	const struct conf *conf = mirror->blk.conf;
 	struct conf *group = conf_new(CONF_GROUP, NULL, conf->where), *list;
