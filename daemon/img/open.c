@@ -124,23 +124,28 @@ static suspends int find_format(struct img *img, const char *path, int *format)
 	return ret;
 }
 
-/* The folders of --allow-backing without symbolic links, as names are compared with. */
-static void add_allowed(struct img *img, struct conf *folders)
+/* The folders of --allow-backing; one that is not there is a mistake. */
+static int add_allowed(struct img *img, struct conf *folders)
 {
-	for (size_t i = 0; img_nth_value(img, "allow-backing", i); i++) {
-		CLEANUP(free) char *real = realpath(img_nth_value(img, "allow-backing", i), NULL);
+	const char *folder;
+	struct stat st;
 
-		if (real)
-			conf_add(folders, conf_new_string(NULL, NULL, real));
+	for (size_t i = 0; (folder = img_nth_value(img, "allow-backing", i)); i++) {
+		if (stat(folder, &st) || !S_ISDIR(st.st_mode))
+			return err_set(&img->err, ENOENT,
+				"--allow-backing: there is no folder \"%s\"", folder);
+		conf_add(folders, conf_new_string(NULL, NULL, folder));
 	}
+	return 0;
 }
 
-static void add_qcow_layer(struct img *img, struct conf *stack)
+static int add_qcow_layer(struct img *img, struct conf *stack)
 {
 	struct conf *layer = add_layer(stack, "qcow");
 
-	if (img_nth_value(img, "allow-backing", 0))
-		add_allowed(img, conf_add(layer, conf_new(CONF_LIST, "allow-backing", NULL)));
+	if (!img_nth_value(img, "allow-backing", 0))
+		return 0;
+	return add_allowed(img, conf_add(layer, conf_new(CONF_LIST, "allow-backing", NULL)));
 }
 
 suspends int img_resolve_backing(struct img *img, const char *image, const char *name, char **path)
@@ -151,8 +156,12 @@ suspends int img_resolve_backing(struct img *img, const char *image, const char 
 
 	if (slash)
 		slash[slash == real] = '\0';
-	add_allowed(img, allowed);
-	int ret = qcow_resolve(allowed, real, name, path);
+	int ret = add_allowed(img, allowed);
+	if (ret) {
+		conf_free(allowed);
+		return ret;
+	}
+	ret = qcow_resolve(allowed, real, name, path);
 	conf_free(allowed);
 	if (ret == -EACCES)
 		return err_set(&img->err, EACCES,
@@ -170,8 +179,8 @@ suspends int img_open_disk(struct img *img, const char *path, int format, bool r
 	if (ret)
 		return ret;
 	struct conf *stack = new_stack(img);
-	if (format == IMG_QCOW2)
-		add_qcow_layer(img, stack);
+	if (format == IMG_QCOW2 && (ret = add_qcow_layer(img, stack)))
+		return ret;
 	add_file_layer(stack, path);
 	if (found)
 		*found = (enum img_format)format;

@@ -116,8 +116,8 @@ static void resolve_run(void *arg)
 		return;
 	job->result = -EACCES;
 	for (size_t i = 0; i < conf_strings_count(job->allowed); i++) {
-		const char *folder = conf_strings_get(job->allowed, i);
-		const char *rest = below_folder(path, folder);
+		CLEANUP(free) char *folder = realpath(conf_strings_get(job->allowed, i), NULL);
+		const char *rest = folder ? below_folder(path, folder) : NULL;
 
 		if (!rest || !*rest)
 			continue;
