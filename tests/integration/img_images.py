@@ -56,7 +56,7 @@ class Image:
     def __init__(self, name, seed, **options):
         self.path, self.random = path_of(name), random.Random(seed)
         self.size = options.pop("size", 8 << 20)
-        self.options = options
+        self.options, self.snapshots = options, []
         if os.path.exists(self.path):
             os.remove(self.path)
         words = [f"{key}={value}" for key, value in options.items()]
