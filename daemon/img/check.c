@@ -57,8 +57,8 @@ static void add_count(json_t *object, const char *key, uint64_t count)
 static void print_json(
 	const struct img *img, const struct qcow_check_result *result, json_t *findings)
 {
-	json_t *object = json_pack("{s:s, s:s, s:I}", "filename", img->operands[0], "format",
-		"qcow2", "check-errors", (json_int_t)result->errors);
+	json_t *object = json_pack("{s:o, s:s, s:I}", "filename", img_json_text(img->operands[0]),
+		"format", "qcow2", "check-errors", (json_int_t)result->errors);
 
 	add_count(object, "image-end-offset", result->image_end_off);
 	add_count(object, "corruptions", result->corruptions);
@@ -153,7 +153,7 @@ static suspends enum img_exit run_on(struct img *img, int repair)
 	}
 	img_progress_end(&watch.progress);
 	if (ret) {
-		err_wrap(&img->err, "\"%s\"", img->operands[0]);
+		img_wrap_path(img, img->operands[0]);
 	} else {
 		status = status_of(img, &result);
 		if (img->json)

@@ -34,7 +34,7 @@ static suspends enum img_exit run(struct img *img)
 	img_progress_end(&watch.progress);
 	stack_close(disk);
 	if (ret) {
-		err_wrap(&img->err, "\"%s\"", img->operands[0]);
+		img_wrap_path(img, img->operands[0]);
 		return IMG_FAILED;
 	}
 	if (img->json)

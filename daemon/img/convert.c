@@ -69,11 +69,6 @@ struct convert {
 
 /* --- one chunk -------------------------------------------------------------------------------- */
 
-static bool is_zero(const uint8_t *data, size_t len)
-{
-	return !data[0] && !memcmp(data, data + 1, len - 1);
-}
-
 /* On the offload pool when compressing. */
 static void look_at(void *arg)
 {
@@ -82,7 +77,7 @@ static void look_at(void *arg)
 	size_t unit = convert->unit;
 
 	for (size_t at = 0, i = 0; at < job->len; at += unit, i++) {
-		job->zero[i] = is_zero(job->data + at, unit);
+		job->zero[i] = img_is_zero(job->data + at, unit);
 		job->packed_len[i] = 0;
 		if (!job->zero[i] && convert->compress)
 			job->packed_len[i] = qcow_compress(
@@ -335,6 +330,7 @@ static suspends int run_with_target(struct convert *convert)
 static bool get_options(struct img *img, struct convert *convert)
 {
 	uint64_t level = 0;
+	uint64_t level_max;
 	int to;
 
 	if (!img_format_value(img, "to", &to) || !img_create_values(img, &convert->create) ||
@@ -342,12 +338,16 @@ static bool get_options(struct img *img, struct convert *convert)
 		return false;
 	convert->to_qcow = to != IMG_RAW;
 	convert->compress = img_flag(img, "compress");
-	convert->level = (int)MIN(level, UINT64_C(22));
-	if (convert->compress && !convert->to_qcow) {
+	convert->level = (int)MIN(level, UINT64_C(100));
+	level_max = convert->create.compression == QCOW_COMPRESSION_ZSTD ? 19 : 9;
+	if (convert->compress && !convert->to_qcow)
 		err_set(&img->err, EINVAL, "--compress needs a qcow2 target");
-		return false;
-	}
-	return true;
+	else if (img_flag(img, "level") && (!level || level > level_max))
+		err_set(&img->err, EINVAL, "--level %s is not one of 1 to %llu",
+			img_value(img, "level"), (unsigned long long)level_max);
+	else
+		return true;
+	return false;
 }
 
 static suspends enum img_exit run(struct img *img)
@@ -373,6 +373,11 @@ static suspends enum img_exit run(struct img *img)
 	if (!ret)
 		ret = run_with_target(convert);
 	stack_close(convert->source);
+	if (!ret && img->json)
+		img_print_json(
+			json_pack("{s:o, s:s, s:I}", "filename", img_json_text(img->operands[1]),
+				"format", convert->to_qcow ? "qcow2" : "raw", "virtual-size",
+				(json_int_t)convert->size));
 	return ret ? IMG_FAILED : IMG_OK;
 }
 

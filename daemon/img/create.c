@@ -2,7 +2,7 @@
  * blkstack-img create: a new image.
  *
  * For a disk on top of a backing file the size may be left out: it is then taken from the backing file, which
- * is opened read-only in the format that was named.
+ * is opened read-only in the format that was named. With a size only its beginning is looked at: it must be there.
  */
 #include <errno.h>
 #include <libgen.h>
@@ -27,6 +27,7 @@ static const struct img_option options[] = {
 	{ 'F', "backing-format", "FORMAT", "of the backing file: raw or qcow2" },
 	{ 0, "data-file", "FILE", "keep the disk's data in this raw file" },
 	{ 0, "data-file-raw", NULL, "the data file is a plain raw image at all times" },
+	{ 0, "unchecked", NULL, "do not look whether the backing file is there" },
 	{ 0, "force", NULL, "overwrite FILE and the data file if they exist" },
 	IMG_OPTION_ALLOW,
 	{},
@@ -97,32 +98,60 @@ static void resolve(const char *image, const char *name, char path[PATH_MAX])
 		snprintf(path, PATH_MAX, "%s/%s", dirname(copy), name);
 }
 
-/* The size: that of the command line, or the backing file's. Opening that shows that it is there, too. */
+/* A name that leads nowhere, or to another format, would only show when the image is used. */
+static suspends int look_at_backing(struct img *img, const char *path, int format)
+{
+	enum img_format found;
+	struct blk *file;
+	int ret = img_open_file(img, path, true, &file);
+
+	if (!ret) {
+		ret = img_probe(img, file, &found);
+		stack_close(file);
+		if (!ret && format == IMG_QCOW2 && found != IMG_QCOW2)
+			ret = err_set(&img->err, EINVAL, "\"%s\" is not a qcow2 image", path);
+	}
+	return ret ? err_wrap(&img->err, "backing file (--unchecked takes it as it is)") : 0;
+}
+
+static suspends int size_of_backing(struct img *img, const char *path, int format, uint64_t *size)
+{
+	struct blk *backing;
+	int ret = img_open_disk(img, path, format, true, &backing, NULL);
+
+	if (ret)
+		return err_wrap(&img->err, "cannot take the size from the backing file");
+	*size = blk_caps(backing)->size;
+	stack_close(backing);
+	return 0;
+}
+
+/* The size: that of the command line, or the backing file's. */
 static suspends int find_size(struct img *img, struct qcow_create_options *create)
 {
 	const char *size_text = img->operand_count > 1 ? img->operands[1] : NULL;
 	char path[PATH_MAX];
-	struct blk *backing;
-	int format, ret;
+	int format, ret = 0;
 
+	if (!size_text && !create->backing_name)
+		return err_set(&img->err, EINVAL, "the size is missing");
 	if (size_text && units_parse_size(size_text, &create->size, &img->err) < 0)
 		return -EINVAL;
-	create->size = round_up(create->size, 512);
-	if (size_text)
-		return 0;
-	if (!create->backing_name)
-		return err_set(&img->err, EINVAL, "the size is missing");
-	if (!create->backing_format)
+	if (create->backing_name && !create->backing_format)
 		return err_set(&img->err, EINVAL, "a backing file needs --backing-format");
-	if (!img_format_value(img, "backing-format", &format))
+	if (create->backing_name && !img_format_value(img, "backing-format", &format))
 		return -EINVAL;
-	resolve(img->operands[0], create->backing_name, path);
-	ret = img_open_disk(img, path, format, true, &backing, NULL);
-	if (ret)
-		return err_wrap(&img->err, "cannot take the size from the backing file");
-	create->size = round_up(blk_caps(backing)->size, 512);
-	stack_close(backing);
-	return 0;
+	if (create->backing_name) {
+		resolve(img->operands[0], create->backing_name, path);
+		if (!size_text)
+			ret = size_of_backing(img, path, format, &create->size);
+		else if (!img_flag(img, "unchecked"))
+			ret = look_at_backing(img, path, format);
+	}
+	if (create->size > BLK_SIZE_MAX - 511)
+		return err_set(&img->err, EFBIG, "the size %s is too large", size_text);
+	create->size = round_up(create->size, 512);
+	return ret;
 }
 
 static suspends int create_data_file(struct img *img, const struct qcow_create_options *create)
@@ -195,13 +224,14 @@ static suspends enum img_exit run(struct img *img)
 	if (!ret)
 		ret = format == IMG_RAW ? create_raw(img, &create) : create_qcow(img, &create);
 	if (ret) {
-		err_wrap(&img->err, "\"%s\"", img->operands[0]);
+		img_wrap_path(img, img->operands[0]);
 		return IMG_FAILED;
 	}
 	if (img->json)
-		img_print_json(json_pack("{s:s, s:s, s:I}", "filename", img->operands[0], "format",
-			format == IMG_RAW ? "raw" : "qcow2", "virtual-size",
-			(json_int_t)create.size));
+		img_print_json(
+			json_pack("{s:o, s:s, s:I}", "filename", img_json_text(img->operands[0]),
+				"format", format == IMG_RAW ? "raw" : "qcow2", "virtual-size",
+				(json_int_t)create.size));
 	else if (!img->quiet)
 		printf("\"%s\": a disk of %s\n", img->operands[0],
 			units_format_size(create.size, text));

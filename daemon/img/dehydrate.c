@@ -176,7 +176,7 @@ static suspends enum img_exit run_dehydrate(struct img *img)
 		ret = err_sys(&img->err, errno, "cannot write \"%s\"", path);
 	if (ret) {
 		remove(path);
-		err_wrap(&img->err, "\"%s\"", img->operands[0]);
+		img_wrap_path(img, img->operands[0]);
 		return IMG_FAILED;
 	}
 	if (img->json)
@@ -307,7 +307,9 @@ static suspends enum img_exit run_rehydrate(struct img *img)
 	free(refill.packed);
 	free(refill.piece);
 	if (ret)
-		err_wrap(&img->err, "\"%s\"", img->operands[0]);
+		img_wrap_path(img, img->operands[0]);
+	else if (img->json)
+		img_print_json(json_pack("{s:o}", "filename", img_json_text(img->operands[1])));
 	return ret ? IMG_FAILED : IMG_OK;
 }
 

@@ -11,6 +11,8 @@
  */
 #pragma once
 
+#include <string.h>
+
 #include <jansson.h>
 
 #include "base/util.h"
@@ -76,6 +78,9 @@ bool img_size_value(struct img *img, const char *name, uint64_t *size);
 /* "on" or "off", or given without a value. False with img->err filled. */
 bool img_choice(struct img *img, const char *name, const char *const *choices, unsigned *index);
 
+/* Puts the path before img->err, unless that has it already. Returns -errno, as err_wrap(). */
+int img_wrap_path(struct img *img, const char *path);
+
 /* --- open.c ----------------------------------------------------------------------------------- */
 
 enum img_format { IMG_RAW, IMG_QCOW2 };
@@ -121,6 +126,12 @@ suspends int img_resolve_backing(struct img *img, const char *image, const char 
 		'b', "allow-backing", "FOLDER",                                                 \
 			"open files named inside the image that lie in FOLDER; may be repeated" \
 	}
+
+/* len is not 0. */
+static inline bool img_is_zero(const uint8_t *data, size_t len)
+{
+	return !data[0] && !memcmp(data, data + 1, len - 1);
+}
 
 /* --- output.c --------------------------------------------------------------------------------- */
 

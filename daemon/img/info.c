@@ -247,7 +247,7 @@ static suspends int gather_chain(struct img *img, char *path, int format, json_t
 										  : IMG_QCOW2;
 		}
 		if (ret)
-			err_wrap(&img->err, "\"%s\"", path);
+			img_wrap_path(img, path);
 		free(path);
 		path = next;
 	}
@@ -284,7 +284,7 @@ suspends enum img_exit img_show_snapshots(struct img *img, const char *path)
 	json_t *info, *snapshots;
 
 	if (gather(img, path, IMG_QCOW2, &info)) {
-		err_wrap(&img->err, "\"%s\"", path);
+		img_wrap_path(img, path);
 		return IMG_FAILED;
 	}
 	snapshots = json_object_get(info, "snapshots");

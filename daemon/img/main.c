@@ -228,6 +228,7 @@ static int run(struct img *img)
 		fputs("blkstack-img: out of memory\n", stderr);
 		return IMG_FAILED;
 	}
+	img->env.command_line = true;
 	if (reactor_create(&reactor, "auto", &img->err) == 0) {
 		reactor_run_main(reactor, run_command, &job);
 		reactor_free(reactor);

@@ -162,7 +162,7 @@ static suspends enum img_exit run_resize(struct img *img)
 		err_sys(&img->err, -ret, "cannot flush");
 	stack_close(disk);
 	if (ret) {
-		err_wrap(&img->err, "\"%s\"", img->operands[0]);
+		img_wrap_path(img, img->operands[0]);
 		return IMG_FAILED;
 	}
 	if (img->json)
@@ -192,11 +192,6 @@ const struct img_command img_resize = {
 
 /* --- sparsify --------------------------------------------------------------------------------- */
 
-static bool is_zero(const uint8_t *data, size_t len)
-{
-	return !data[0] && !memcmp(data, data + 1, len - 1);
-}
-
 /* Discards the runs of whole grains in the chunk that are zero. */
 static suspends int sparsify_chunk(struct blk *disk, uint64_t off, const uint8_t *data, size_t len,
 	size_t grain, uint64_t *freed)
@@ -204,12 +199,12 @@ static suspends int sparsify_chunk(struct blk *disk, uint64_t off, const uint8_t
 	int ret = 0;
 
 	for (size_t at = 0, next, run = 0; at < len && !ret; at = next) {
-		bool zero = is_zero(data + at, MIN(grain, len - at));
+		bool zero = img_is_zero(data + at, MIN(grain, len - at));
 
 		next = at + MIN(grain, len - at);
 		run = zero ? run + (next - at) : 0;
 		/* A run ends here when the next grain is not zero, or there is none. */
-		if (!zero || (next < len && is_zero(data + next, MIN(grain, len - next))))
+		if (!zero || (next < len && img_is_zero(data + next, MIN(grain, len - next))))
 			continue;
 		ret = blk_discard(disk, off + next - run, run, 0);
 		*freed += run;

@@ -6,6 +6,7 @@
  * lies in a folder given with --allow-backing, and its format is what the image says, never guessed.
  */
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -27,6 +28,14 @@ bool img_format_value(struct img *img, const char *option, int *format)
 		return false;
 	*format = (int)index;
 	return true;
+}
+
+int img_wrap_path(struct img *img, const char *path)
+{
+	char quoted[sizeof(img->err.text)];
+
+	snprintf(quoted, sizeof(quoted), "\"%s\"", path);
+	return strstr(img->err.text, quoted) ? -img->err.code : err_wrap(&img->err, "%s", quoted);
 }
 
 /* An empty stack; it lives as long as img. */
@@ -91,7 +100,7 @@ suspends int img_create_file(struct img *img, const char *path, uint64_t size, s
 	ret = blk_resize(*file, size, BLK_FORCE, &img->err);
 	if (ret && blk_caps(*file)->size < size) {
 		stack_close(take_ptr(*file));
-		return err_wrap(&img->err, "\"%s\"", path);
+		return img_wrap_path(img, path);
 	}
 	return 0;
 }
@@ -185,7 +194,7 @@ suspends int img_open_disk(struct img *img, const char *path, int format, bool r
 	if (found)
 		*found = (enum img_format)format;
 	ret = stack_open(stack, &img->env, read_only, disk, &img->err);
-	return ret ? err_wrap(&img->err, "\"%s\"", path) : 0;
+	return ret ? img_wrap_path(img, path) : 0;
 }
 
 suspends int img_mapped_find(struct img_mapped *mapped, uint64_t off)

@@ -31,7 +31,7 @@ static suspends int change(struct img *img, change_fn *fn)
 		qcow_header_fini(&header);
 	}
 	stack_close(file);
-	return ret ? err_wrap(&img->err, "\"%s\"", img->operands[1]) : 0;
+	return ret ? img_wrap_path(img, img->operands[1]) : 0;
 }
 
 static suspends enum img_exit run(struct img *img)
@@ -54,6 +54,9 @@ static suspends enum img_exit run(struct img *img)
 			"NAME");
 		return IMG_USAGE;
 	}
+	if (!ret && img->json)
+		img_print_json(json_pack("{s:o, s:o}", "filename", img_json_text(img->operands[1]),
+			"snapshot", img_json_text(img->operands[2])));
 	return ret ? IMG_FAILED : IMG_OK;
 }
 

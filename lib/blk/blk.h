@@ -171,7 +171,8 @@ void blk_set_listener(struct blk *top, struct blk_listener *listener); /* NULL: 
 struct blk_env {
 	struct memory_disks *memory_disks; /* the named disks of the memory layer (memory.c) */
 	bool start_failed; /* set before closing after a failed start: what open() created is removed */
-	bool read_only; /* open everything read-only (tools that only look) */
+	bool read_only;    /* open everything read-only (tools that only look) */
+	bool command_line; /* there is no config: errors advise by options of a command */
 	/* Stacks that wait for their last requests before they close, and nobody for them; see mirror/leg.c. */
 	_Atomic unsigned left_behind;
 	/* Hears what no caller is told, such as the loss of a server; see blk_notice(). NULL: nobody. */

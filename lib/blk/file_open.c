@@ -48,9 +48,10 @@ static int open_error(const struct file_layer *file, int code, dev_t device, str
 	bool write = !file->blk.caps.read_only;
 
 	if (code == ENOENT && !file->create)
-		return err_set(err, code,
-			"\"%s\" does not exist (create = true and a size would create it)",
-			file->path);
+		return err_set(err, code, "\"%s\" does not exist%s", file->path,
+			file->blk.env->command_line
+				? ""
+				: " (create = true and a size would create it)");
 	if (code == EBUSY && device)
 		return file_device_busy(file->path, device, err);
 	if (code == EINVAL && file->cache == FILE_CACHE_DIRECT)
@@ -241,8 +242,10 @@ static int set_size(struct file_layer *file, struct err *err)
 	if (!caps->size)
 		return err_set(err, EINVAL, "\"%s\" is empty: %s", file->path,
 			file->is_device ? "the device has no medium"
-					: "give it a size first (truncate -s), or remove it and "
-					  "set create = true and a size");
+			: file->blk.env->command_line
+				? "give it a size first (truncate -s)"
+				: "give it a size first (truncate -s), or "
+				  "remove it and set create = true and a size");
 	if (caps->size > BLK_SIZE_MAX)
 		return err_set(err, EFBIG, "\"%s\" is larger than 4 EiB", file->path);
 	if (!is_aligned(caps->size, caps->block_size))

@@ -182,22 +182,34 @@ static suspends int open_named(struct qcow *q, const char *what, const char *opt
 	CLEANUP(free) char *path = NULL; /* a chain of images nests these calls: nothing large */
 
 	if (!conf_strings_count(q->allow_backing_conf))
-		return err_set(err, EACCES,
-			"the image wants \"%s\" as its %s: name the stack to use in %s = ( ... ), "
-			"or its "
-			"folder in allow-backing = [ \"/folder/\" ]",
-			name, what, option);
+		return q->blk.env->command_line
+			       ? err_set(err, EACCES,
+					 "the image wants \"%s\" as its %s: allow its folder with "
+					 "--allow-backing",
+					 name, what)
+			       : err_set(err, EACCES,
+					 "the image wants \"%s\" as its %s: name the stack to use "
+					 "in "
+					 "%s = ( ... ), or its folder in allow-backing = [ "
+					 "\"/folder/\" ]",
+					 name, what, option);
 	if (!q->opt_backing_depth)
 		return err_set(err, ELOOP,
 			"the chain of backing files is too deep, or leads back to itself: "
 			"backing-depth "
 			"says how deep it may be");
 	if (!format)
-		return err_set(err, EINVAL,
-			"the image does not state the format of its %s \"%s\": name the stack to "
-			"use in "
-			"%s = ( ... )",
-			what, name, option);
+		return q->blk.env->command_line
+			       ? err_set(err, EINVAL,
+					 "the image does not state the format of its %s \"%s\": "
+					 "write it "
+					 "there with qemu-img rebase -u -b NAME -F FORMAT",
+					 what, name)
+			       : err_set(err, EINVAL,
+					 "the image does not state the format of its %s \"%s\": "
+					 "name the "
+					 "stack to use in %s = ( ... )",
+					 what, name, option);
 	if (strcmp(format, "raw") && strcmp(format, "qcow2"))
 		return err_set(err, ENOTSUP,
 			"the %s \"%s\" has the format \"%s\": raw and qcow2 can be opened", what,
