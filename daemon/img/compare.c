@@ -85,7 +85,8 @@ static suspends int compare(struct side *a, struct side *b, uint64_t *at)
 		co_group_wait(&group);
 		ret = a->result ? a->result : b->result;
 		if (ret)
-			err_sys(&a->img->err, -ret, "cannot read at %llu", (ull)off);
+			img_cannot_read(
+				a->img, a->result ? "the first disk" : "the second disk", off, ret);
 		else if (!sides_equal(a, b, at))
 			ret = 1;
 		img_progress(&progress, off, size);
@@ -187,18 +188,19 @@ static suspends int digest(struct side *side, struct hash *hash)
 
 	img_progress_init(&progress, side->img, "reading");
 	sha256_init(&hash->context);
-	for (side->off = 0; side->off < side->size && !ret; side->off += CHUNK) {
+	for (side->off = 0; side->off < side->size; side->off += CHUNK) {
 		side->len = (size_t)MIN((uint64_t)CHUNK, side->size - side->off);
 		fill(side);
 		ret = side->result;
+		if (ret)
+			break;
 		hash->data = side->zero ? zeroes : side->data;
 		hash->len = side->len;
-		if (!ret)
-			co_offload(hash_chunk, hash);
+		co_offload(hash_chunk, hash);
 		img_progress(&progress, side->off, side->size);
 	}
 	img_progress_end(&progress);
-	return ret ? err_sys(&side->img->err, -ret, "cannot read at %llu", (ull)side->off) : 0;
+	return ret ? img_cannot_read(side->img, "the disk", side->off, ret) : 0;
 }
 
 static const struct img_option digest_options[] = {

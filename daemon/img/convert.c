@@ -181,8 +181,7 @@ static suspends int write_job(struct convert *convert, struct job *job)
 		co_queue_wait(&job->finished);
 	ret = job->result;
 	if (ret)
-		return err_sys(&convert->img->err, -ret, "cannot read the source at %llu",
-			(unsigned long long)job->off);
+		return img_cannot_read(convert->img, "the source", job->off, ret);
 	for (size_t i = 0; i < job->len / convert->unit && !ret; i++) {
 		if (job->zero[i])
 			continue;

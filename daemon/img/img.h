@@ -81,6 +81,9 @@ bool img_choice(struct img *img, const char *name, const char *const *choices, u
 /* Puts the path before img->err, unless that has it already. Returns -errno, as err_wrap(). */
 int img_wrap_path(struct img *img, const char *path);
 
+/* A failed read of a disk at off; what begins the text. Returns -errno. */
+int img_cannot_read(struct img *img, const char *what, uint64_t off, int ret);
+
 /* --- open.c ----------------------------------------------------------------------------------- */
 
 enum img_format { IMG_RAW, IMG_QCOW2 };

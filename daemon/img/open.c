@@ -38,6 +38,13 @@ int img_wrap_path(struct img *img, const char *path)
 	return strstr(img->err.text, quoted) ? -img->err.code : err_wrap(&img->err, "%s", quoted);
 }
 
+int img_cannot_read(struct img *img, const char *what, uint64_t off, int ret)
+{
+	return err_set(&img->err, -ret, "cannot read %s at %llu: %s%s", what,
+		(unsigned long long)off, strerror(-ret),
+		ret == -EIO ? " (if it is a qcow2 image, blkstack-img check may tell why)" : "");
+}
+
 /* An empty stack; it lives as long as img. */
 static struct conf *new_stack(struct img *img)
 {

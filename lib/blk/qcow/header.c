@@ -90,14 +90,19 @@ static int check_geometry(const struct qcow_header *header, struct err *err)
 		return err_set(
 			err, ENOTSUP, "the image is encrypted (LUKS), which is not supported");
 	if (header->crypt_method)
-		return err_set(err, ENOTSUP, "unknown encryption method %u", header->crypt_method);
+		return err_set(err, ENOTSUP,
+			"unknown encryption method %u (only 0, none, is supported)",
+			header->crypt_method);
 	if (header->size > BLK_SIZE_MAX)
-		return err_set(
-			err, EFBIG, "size %llu is too large", (unsigned long long)header->size);
+		return err_set(err, EFBIG, "size %llu is larger than %llu",
+			(unsigned long long)header->size, (unsigned long long)BLK_SIZE_MAX);
 	if (header->version == 3 &&
 		(header->header_len < QCOW_HEADER_LEN_V3 || header->header_len % 8 ||
 			header->header_len > UINT32_C(1) << header->cluster_bits))
-		return err_set(err, EINVAL, "header length %u is not valid", header->header_len);
+		return err_set(err, EINVAL,
+			"header length %u is not valid: a multiple of 8, %u to %u",
+			header->header_len, QCOW_HEADER_LEN_V3,
+			UINT32_C(1) << header->cluster_bits);
 	return 0;
 }
 
@@ -106,7 +111,8 @@ static int check_compression(const struct qcow_header *header, struct err *err)
 	bool flagged = header->incompatible & QCOW_INCOMPAT_COMPRESSION;
 
 	if (header->compression > QCOW_COMPRESSION_ZSTD)
-		return err_set(err, ENOTSUP, "unknown compression type %u", header->compression);
+		return err_set(err, ENOTSUP, "unknown compression type %u (0 and 1 are known)",
+			header->compression);
 	if (flagged != (header->compression != QCOW_COMPRESSION_ZLIB))
 		return err_set(err, EINVAL,
 			"compression type %u does not match the compression feature bit",
@@ -126,23 +132,27 @@ static int check_tables(const struct qcow_header *header, uint64_t file_size, st
 	int ret;
 
 	if (l1_len > QCOW_L1_LEN_MAX_BYTES)
-		return err_set(
-			err, EFBIG, "l1 table of %u entries is too large", header->l1_entry_count);
+		return err_set(err, EFBIG, "l1 table of %u entries is too large: at most %u",
+			header->l1_entry_count, QCOW_L1_LEN_MAX_BYTES / 8);
 	if (header->l1_entry_count < entries_needed)
-		return err_set(err, EINVAL, "l1 table of %u entries is too small for the size %llu",
-			header->l1_entry_count, (unsigned long long)header->size);
+		return err_set(err, EINVAL,
+			"l1 table of %u entries is too small: the size %llu needs at least %llu",
+			header->l1_entry_count, (unsigned long long)header->size,
+			(unsigned long long)entries_needed);
 	if (header->l1_entry_count &&
 		(ret = check_table(header, "l1 table", header->l1_off, l1_len, file_size, err)))
 		return ret;
 	if (!reftable_len || reftable_len > QCOW_REFTABLE_LEN_MAX_BYTES)
-		return err_set(err, EINVAL, "refcount table of %u clusters is not valid",
-			header->refcount_table_clusters);
+		return err_set(err, EINVAL, "refcount table of %u clusters is not valid: 1 to %llu",
+			header->refcount_table_clusters,
+			(unsigned long long)(QCOW_REFTABLE_LEN_MAX_BYTES / cluster_size));
 	ret = check_table(
 		header, "refcount table", header->refcount_table_off, reftable_len, file_size, err);
 	if (ret)
 		return ret;
 	if (header->snapshot_count > QCOW_SNAPSHOTS_MAX)
-		return err_set(err, EFBIG, "%u snapshots are too many", header->snapshot_count);
+		return err_set(err, EFBIG, "%u snapshots are too many: at most %u",
+			header->snapshot_count, QCOW_SNAPSHOTS_MAX);
 	if (header->snapshot_count)
 		return check_table(header, "snapshot table", header->snapshots_off,
 			sizeof(struct qcow_disk_snapshot) * (uint64_t)header->snapshot_count,
@@ -268,8 +278,11 @@ static int parse_first_cluster(struct qcow_header *header, const struct qcow_dis
 	int ret;
 
 	if (backing_off) {
-		if (backing_len > QCOW_BACKING_NAME_MAX_BYTES ||
-			!range_ok(backing_off, backing_len, len))
+		if (backing_len > QCOW_BACKING_NAME_MAX_BYTES)
+			return err_set(err, EINVAL,
+				"backing file name of %u bytes is longer than %u", backing_len,
+				QCOW_BACKING_NAME_MAX_BYTES);
+		if (!range_ok(backing_off, backing_len, len))
 			return err_set(err, EINVAL,
 				"backing file name of %u bytes at %llu is not inside the first "
 				"cluster",
