@@ -13,6 +13,7 @@
 #include "blk/call.h"
 
 #define ROUNDED_EXTENTS_MAX 32 /* looked at in one call; more need another call */
+#define SEEK_FIRST_BYTES    UINT64_C(65536)
 
 void blk_extents_init(struct blk_extents *extents, struct blk_extent *list, unsigned max_count)
 {
@@ -101,9 +102,13 @@ suspends int blk_extents_within(
 	return ret;
 }
 
+/*
+ * Asks for twice as much each time: a layer describes all that it is asked for, and who looks for one chunk
+ * after another must not pay for the rest of the disk each time.
+ */
 static suspends int seek(struct blk *blk, uint64_t off, bool mapped, uint64_t *found_off)
 {
-	uint64_t size = blk->caps.size;
+	uint64_t size = blk->caps.size, window = SEEK_FIRST_BYTES;
 
 	if (off > size)
 		return -EINVAL;
@@ -113,10 +118,11 @@ static suspends int seek(struct blk *blk, uint64_t off, bool mapped, uint64_t *f
 
 		blk_extents_init(&extents, list, ARRAY_LEN(list));
 
-		int ret = blk_extents(blk, off, size - off, &extents);
+		int ret = blk_extents(blk, off, MIN(size - off, window), &extents);
 
 		if (ret < 0)
 			return ret;
+		window = MIN(2 * window, BLK_SIZE_MAX);
 		for (unsigned i = 0; i < extents.count; off += list[i++].len) {
 			if (!(list[i].flags & BLK_EXTENT_ZERO) == mapped) {
 				*found_off = off;

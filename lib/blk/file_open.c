@@ -248,14 +248,21 @@ static int set_size(struct file_layer *file, struct err *err)
 				  "remove it and set create = true and a size");
 	if (caps->size > BLK_SIZE_MAX)
 		return err_set(err, EFBIG, "\"%s\" is larger than 4 EiB", file->path);
-	if (!is_aligned(caps->size, caps->block_size))
+	if (is_aligned(caps->size, caps->block_size))
+		return 0;
+	if (file->cache == FILE_CACHE_DIRECT)
 		return err_set(err, EINVAL,
-			"\"%s\" has %llu bytes, not a multiple of the block size %u: %sput a "
-			"\"padded\" layer above it",
+			"\"%s\" has %llu bytes, not a multiple of %u as direct I/O needs: lengthen "
+			"it "
+			"with \"truncate -s %%%u\" (harmless for a qcow2 image), or set cache = "
+			"\"buffered\" and put a \"padded\" layer above it",
 			file->path, (unsigned long long)caps->size, caps->block_size,
-			file->cache == FILE_CACHE_DIRECT ? "set cache = \"buffered\" and "
-							 : "leave block-size out and ");
-	return 0;
+			caps->block_size);
+	return err_set(err, EINVAL,
+		"\"%s\" has %llu bytes, not a multiple of the block size %u: leave block-size out "
+		"and "
+		"put a \"padded\" layer above it",
+		file->path, (unsigned long long)caps->size, caps->block_size);
 }
 
 /* Whether the device has a command that writes zeroes, which punching holes into it needs. */

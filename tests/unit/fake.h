@@ -24,6 +24,7 @@ struct fake {
 	struct seed seed;
 	unsigned reads, writes, flushes, zeroes, discards, fua_writes, fua_zeroes;
 	unsigned last_zero_flags;
+	uint64_t extents_asked_bytes;
 	uint64_t largest_write;
 	int resize_error;               /* -errno that the next resize answers */
 	const struct blk_extent *shown; /* what extents shows, from 0 on; ended by length 0 */
@@ -167,6 +168,7 @@ static inline suspends int fake_extents(
 	uint64_t start = 0;
 
 	fake_check(fake, off, len);
+	fake->extents_asked_bytes += len;
 	if (!fake->shown)
 		return -EOPNOTSUPP;
 	for (const struct blk_extent *extent = fake->shown; extent->len; extent++) {

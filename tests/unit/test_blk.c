@@ -445,6 +445,30 @@ suspends CO_TEST(test_extents_are_conservative)
 	}
 }
 
+/* Who goes through a disk chunk by chunk is not told all that follows each time. */
+suspends CO_TEST(test_seek_by_chunks)
+{
+	const struct blk_extent data[] = { { 8 << 20, 0 }, { 0, 0 } };
+	const struct blk_extent hole[] = { { 8 << 20, HOLE }, { 0, 0 } };
+	struct fake_stack stack;
+	uint64_t off;
+
+	fake_stack_open(&stack, "seek by chunks", NULL, "( { size = '8M' } )");
+	stack.fake->shown = data;
+	for (uint64_t at = 0; at < 8 << 20; at += 16384) {
+		ck_assert_int_eq(blk_seek_mapped(stack.top, at, &off), 0);
+		ck_assert_uint_eq(off, at);
+	}
+	ck_assert_uint_le(stack.fake->extents_asked_bytes, 8 * (8 << 20));
+	/* And a long way costs the way. */
+	stack.fake->extents_asked_bytes = 0;
+	stack.fake->shown = hole;
+	ck_assert_int_eq(blk_seek_mapped(stack.top, 0, &off), 0);
+	ck_assert_uint_eq(off, 8 << 20);
+	ck_assert_uint_eq(stack.fake->extents_asked_bytes, 8 << 20);
+	fake_stack_close(&stack);
+}
+
 suspends CO_TEST(test_seek)
 {
 	struct test_stack stack;
@@ -487,6 +511,7 @@ int main(void)
 	tcase_add_test(tcase, test_extents_of_bytes);
 	tcase_add_test(tcase, test_extents_of_blocks);
 	tcase_add_test(tcase, test_extents_are_conservative);
+	tcase_add_test(tcase, test_seek_by_chunks);
 	tcase_add_test(tcase, test_seek);
 	return co_test_suite(suite);
 }

@@ -309,7 +309,8 @@ static suspends void refuses_sizes_that_do_not_fit(void)
 	stack_refused("has 1000 bytes, not a multiple of the block size 512: leave block-size out "
 		      "and put a \"padded\" layer above it",
 		"file path=%s block-size=512", odd);
-	stack_refused("set cache = \"buffered\" and put a \"padded\" layer above it",
+	stack_refused("lengthen it with \"truncate -s %", "file path=%s cache=direct", odd);
+	stack_refused("or set cache = \"buffered\" and put a \"padded\" layer above it",
 		"file path=%s cache=direct", odd);
 	stack_refused("power of two", "file path=%s block-size=1000", odd);
 	stack_refused("block-size 1 is too small: direct I/O on",
@@ -429,8 +430,7 @@ static suspends void a_failed_creation_leaves_nothing(void)
 	const char *name = name_of_none();
 
 	/* Direct I/O needs whole blocks: known only once the file is there. */
-	stack_refused("not a multiple of the block size",
-		"file path=%s create=true size=1000 cache=direct", name);
+	stack_refused("not a multiple of", "file path=%s create=true size=1000 cache=direct", name);
 	ck_assert(!exists(name));
 	/* More than any file system here can have in one file. */
 	stack_refused("cannot be created with", "file path=%s create=true size=4095P", name);

@@ -37,7 +37,7 @@ static const struct opt qcow_options[] = {
 		.max = INT64_C(1) << 34, .help = "memory for tables, at most" },
 	{ "lazy-refcounts", OPT_BOOL, offsetof(struct qcow, opt_lazy_refcounts),
 		.fallback = "false",
-		.help = "postpone refcounts and mark the image dirty meanwhile (version 3)" },
+		.help = "mark the image dirty while in use: repaired after a crash (version 3)" },
 	{ "discard", OPT_BOOL, offsetof(struct qcow, opt_discard), .fallback = "true",
 		.help = "punch clusters that become free out of the file" },
 	{ "commit-interval", OPT_INT, offsetof(struct qcow, opt_commit_interval_s), .fallback = "5",
