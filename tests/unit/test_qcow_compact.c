@@ -6,6 +6,7 @@
 
 #include "base/util.h"
 #include "blk/qcow/compact.h"
+#include "blk/qcow/qcow.h"
 #include "co_test.h"
 #include "qcow_images.h"
 
@@ -84,6 +85,67 @@ static void cancel_soon(struct qcow_compact *job)
 	job->cancelled = job->moved > 3;
 }
 
+/* The number of clusters in use, which is kept up to date, is what counting says. */
+static suspends void check_used_clusters(struct qcow *q)
+{
+	uint64_t known = q->used_clusters;
+
+	ck_assert_uint_eq(q->counted_to, UINT64_MAX);
+	co_mutex_lock(&q->moving);
+	q->counted_to = q->used_clusters = 0;
+	ck_assert_int_eq(qcow_count_used(q), 0);
+	co_mutex_unlock(&q->moving);
+	ck_assert_uint_eq(q->used_clusters, known);
+}
+
+/* By itself, when nobody asks for anything; and not once more for what it left behind. */
+static suspends void compact_by_itself(const char *after)
+{
+	struct test_stack stack;
+	struct qcow *q;
+
+	image_must("qemu-img create -q -f qcow2 image.qcow2 64M");
+	test_stack_open(&stack,
+		"( { layer = 'qcow'; compact-after = '%s'; compact-idle = 1; compact-rate = '1G' },"
+		"  { layer = 'file'; path = 'image.qcow2' } )",
+		after);
+	q = qcow_of(stack.top);
+	fill_and_thin(stack.top);
+	ck_assert_uint_gt(file_size("image.qcow2"), DISK_SIZE);
+	while (file_size("image.qcow2") > DISK_SIZE / 4 || q->compacting)
+		co_sleep_ns(50 * NS_PER_MS);
+	uint64_t runs = q->auto_compact.runs;
+	check_used_clusters(q);
+	check_content(stack.top);
+	co_sleep_ns(2500 * NS_PER_MS);
+	ck_assert_uint_eq(q->auto_compact.runs, runs);
+	test_stack_close(&stack);
+	image_check("image.qcow2", false);
+}
+
+CO_TEST(test_by_itself)
+{
+	compact_by_itself("20%");
+	compact_by_itself("8M");
+}
+
+CO_TEST(test_by_itself_refusals)
+{
+	static const char *const bad[] = { "0%", "100%", "5.5%", "%", "-1%", "much" };
+	struct test_stack stack;
+	struct err err;
+
+	for (size_t i = 0; i < ARRAY_LEN(bad); i++) {
+		ck_assert_int_eq(test_stack_try(&stack, &err,
+					 "( { layer = 'qcow'; compact-after = '%s' },"
+					 "  { layer = 'null' } )",
+					 bad[i]),
+			-EINVAL);
+		ck_assert_ptr_nonnull(strstr(err.text, "compact-after"));
+		test_stack_close(&stack);
+	}
+}
+
 CO_TEST(test_cancel)
 {
 	struct qcow_compact job = { .progress = cancel_soon };
@@ -126,6 +188,8 @@ int main(void)
 
 	tcase_set_timeout(tcase, 120);
 	tcase_add_test(tcase, test_shrinks);
+	tcase_add_test(tcase, test_by_itself);
+	tcase_add_test(tcase, test_by_itself_refusals);
 	tcase_add_test(tcase, test_cancel);
 	tcase_add_test(tcase, test_keeps_snapshots);
 	suite_add_tcase(suite, tcase);

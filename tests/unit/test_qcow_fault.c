@@ -144,6 +144,20 @@ static void choose_faults(struct trial *trial, int round)
 	fault_set(fault_find(trial->stack.top), round == ROUNDS - 1 ? NULL : &rules);
 }
 
+/* Whatever failed: how many clusters are in use is known exactly, once it is. */
+static suspends void check_used_clusters(struct qcow *q)
+{
+	uint64_t known = q->used_clusters;
+
+	if (q->counted_to != UINT64_MAX)
+		return;
+	co_mutex_lock(&q->moving);
+	q->counted_to = q->used_clusters = 0;
+	ck_assert_int_eq(qcow_count_used(q), 0);
+	co_mutex_unlock(&q->moving);
+	ck_assert_uint_eq(q->used_clusters, known);
+}
+
 static suspends void run_trial(struct trial *trial)
 {
 	test_stack_open(&trial->stack,
@@ -164,6 +178,7 @@ static suspends void run_trial(struct trial *trial)
 	ck_assert(trial->frozen || !qcow_of(trial->stack.top)->corrupt);
 	if (!trial->frozen) {
 		ck_assert_int_eq(blk_flush(trial->stack.top), 0);
+		check_used_clusters(qcow_of(trial->stack.top));
 		for (uint64_t off = 0; off < DISK_SIZE; off += 1 << 16)
 			read_some(trial, off, 1 << 16);
 	}

@@ -218,23 +218,6 @@ static suspends int move_l2_tables(struct compaction *c)
 
 /* --- the whole -------------------------------------------------------------------------------- */
 
-static suspends int count_used(struct compaction *c)
-{
-	struct qcow *q = c->q;
-	int ret = 0;
-
-	c->mark = 0;
-	for (uint64_t index = 0; !ret && index < q->end_index; index++) {
-		uint64_t refcount;
-
-		ret = qcow_refcount_get(q, index, &refcount);
-		c->mark += refcount != 0;
-		if (!ret && !(index % 65536))
-			ret = pause_between_steps(c, 0);
-	}
-	return ret;
-}
-
 static suspends int move_everything(struct compaction *c)
 {
 	int ret = move_guest_clusters(c);
@@ -260,8 +243,9 @@ static suspends int compact_held(struct compaction *c)
 	if (!ret)
 		ret = qcow_settle(q);
 	if (!ret)
-		ret = count_used(c);
+		ret = qcow_count_used(q);
 	if (!ret) {
+		c->mark = q->used_clusters;
 		qcow_search_anew(q);
 		ret = move_everything(c);
 	}

@@ -82,7 +82,7 @@ static suspends int reload(struct qcow *q, struct err *err)
 	qcow_inflated_forget(q);
 	cache_forget_all(&q->l2_cache);
 	cache_forget_all(&q->refcount_cache);
-	q->free_index = 0;
+	q->free_index = q->counted_to = q->used_clusters = 0;
 	int ret = qcow_load_tables(q, err);
 	if (!ret)
 		return 0;

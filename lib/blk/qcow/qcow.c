@@ -42,6 +42,14 @@ static const struct opt qcow_options[] = {
 		.help = "punch clusters that become free out of the file" },
 	{ "commit-interval", OPT_INT, offsetof(struct qcow, opt_commit_interval_s), .fallback = "5",
 		.min = 1, .max = 3600, .help = "seconds until metadata nobody flushed is written" },
+	{ "compact-after", OPT_STRING, offsetof(struct qcow, opt_compact_after),
+		.help = "compact when more than so much (\"10G\") or such a share (\"25%\") of the "
+			"file is free" },
+	{ "compact-idle", OPT_INT, offsetof(struct qcow, opt_compact_idle_s), .fallback = "10",
+		.min = 1, .max = 86400,
+		.help = "seconds without a request before a compaction starts by itself" },
+	{ "compact-rate", OPT_SIZE, offsetof(struct qcow, opt_compact_rate), .fallback = "32M",
+		.min = 4096, .max = INT64_MAX, .help = "bytes per second that it copies at most" },
 	{ 0 },
 };
 
@@ -283,7 +291,20 @@ static suspends int qcow_open(struct blk *blk, struct err *err)
 	co_mutex_init(&q->beginning);
 	range_lock_init(&q->writes);
 	qcow_commit_init(q);
-	return open_image(q, err);
+	qcow_compact_auto_init(q);
+	int ret = open_image(q, err);
+	if (!ret)
+		qcow_compact_auto_start(q);
+	return ret;
+}
+
+static int qcow_check_options(const struct blk *blk, struct err *err)
+{
+	const char *text = container_of(blk, struct qcow, blk)->opt_compact_after;
+	uint64_t bytes;
+	unsigned percent;
+
+	return text ? qcow_compact_after_parse(text, &bytes, &percent, err) : 0;
 }
 
 /* --- closing ---------------------------------------------------------------------------------- */
@@ -316,6 +337,7 @@ static suspends void qcow_close(struct blk *blk)
 	struct qcow *q = qcow_of(blk);
 
 	q->closing = true;
+	qcow_compact_auto_stop(q);
 	if (q->began_writing)
 		finish_writing(q);
 	qcow_commit_fini(q);
@@ -426,6 +448,7 @@ const struct blk_ops qcow_ops = {
 	.summary = "a disk in a qcow2 image",
 	.options = qcow_options,
 	.struct_size = sizeof(struct qcow),
+	.check = qcow_check_options,
 	.open = qcow_open,
 	.close = qcow_close,
 	.read = qcow_read,

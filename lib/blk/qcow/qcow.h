@@ -6,6 +6,7 @@
  *	cache.c		slices of L2 tables and refcount blocks in memory
  *	map.c		from guest offsets to host offsets: L1, L2, entries
  *	refcount.c	reference counts, allocation, deferred frees
+ *	clusters.c	sets and lists of clusters
  *	data.c		reads and writes, copy on write
  *	zero.c		zero and discard
  *	compressed.c	compressed clusters
@@ -13,6 +14,7 @@
  *	resize.c	other sizes
  *	backing.c	the files an image refers to
  *	snapshot.c check.c compact.c	what their names say
+ *	compact_auto.c	compaction that starts by itself
  *	live.c		checks and snapshots of an image in use
  *
  * How an image stays sound (the format's rules are kept at every instant, for any subset of unflushed
@@ -108,6 +110,9 @@ struct qcow {
 	bool opt_lazy_refcounts, opt_discard;
 	uint64_t opt_cache_size;
 	int64_t opt_commit_interval_s, opt_backing_depth;
+	const char *opt_compact_after;
+	int64_t opt_compact_idle_s;
+	uint64_t opt_compact_rate;
 
 	struct qcow_header header;
 	struct blk *backing; /* NULL: what is not mapped reads as zeroes */
@@ -145,7 +150,9 @@ struct qcow {
 	uint64_t free_index;      /* no free cluster lies below */
 	uint64_t fresh_index; /* clusters from here on were never written: they read as zeroes */
 	uint64_t end_index;   /* clusters from here on were never allocated */
-	bool below_grows;     /* blk_resize() of below works: clusters beyond its end are zero */
+	uint64_t counted_to;  /* clusters below are counted in used_clusters; UINT64_MAX: all */
+	uint64_t used_clusters;
+	bool below_grows; /* blk_resize() of below works: clusters beyond its end are zero */
 
 	/* requests */
 	struct range_lock writes;
@@ -170,6 +177,17 @@ struct qcow {
 	 */
 	struct co_mutex moving;
 	struct qcow_compact *compacting; /* NULL: none runs */
+
+	/* compact_auto.c */
+	struct {
+		uint64_t limit_bytes; /* free space inside the file that is left alone: so much, */
+		unsigned limit_percent; /* or this share of the file */
+		uint64_t left_clusters; /* free ones that were left the last time */
+		uint64_t requests;      /* of guests, until the last look */
+		uint64_t runs;
+		struct timer timer;
+		struct co_group looking;
+	} auto_compact;
 
 	struct inflated *inflated; /* compressed.c: the cluster last decompressed */
 
@@ -289,6 +307,8 @@ static inline uint64_t qcow_cluster_start(const struct qcow *q, uint64_t off)
 /* --- refcount.c ------------------------------------------------------------------------------- */
 
 suspends int qcow_refcount_get(struct qcow *q, uint64_t index, uint64_t *refcount);
+/* Counts the clusters in use, unless it is known: q->used_clusters says it from then on. Holds moving, not all the time. */
+suspends int qcow_count_used(struct qcow *q);
 /* Adds delta to the counts of host clusters [index, index + count). In memory; -ERANGE beyond the width or below 0. */
 suspends int qcow_refcount_add(struct qcow *q, uint64_t index, uint64_t count, int64_t delta);
 /* Between 1 and want contiguous clusters, counted once; *fresh: they read as zeroes. */
@@ -355,6 +375,14 @@ void qcow_commit_later(struct qcow *q);
 bool qcow_metadata_dirty(const struct qcow *q);
 /* Waits until everything that is unlinked is free (commits first). For close, shrink, compaction. */
 suspends int qcow_settle(struct qcow *q);
+
+/* --- compact_auto.c --------------------------------------------------------------------------- */
+
+/* The option: *bytes or *percent becomes what it says, the other one 0. */
+int qcow_compact_after_parse(const char *text, uint64_t *bytes, unsigned *percent, struct err *err);
+void qcow_compact_auto_init(struct qcow *q);
+void qcow_compact_auto_start(struct qcow *q); /* when the option is given, from now on */
+suspends void qcow_compact_auto_stop(struct qcow *q);
 
 /* --- resize.c, backing.c ---------------------------------------------------------------------- */
 

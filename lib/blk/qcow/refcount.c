@@ -113,6 +113,13 @@ suspends int qcow_refcount_get(struct qcow *q, uint64_t index, uint64_t *refcoun
 	return 0;
 }
 
+/* The count of a cluster became 0 (by -1), or is 0 no longer (1). */
+static void note_used(struct qcow *q, uint64_t index, int change)
+{
+	if (index < q->counted_to)
+		q->used_clusters += (uint64_t)(int64_t)change;
+}
+
 /* Adds delta to the counts from index on that lie in one slice; *done says how many. */
 static suspends int add_in_slice(
 	struct qcow *q, uint64_t index, uint64_t count, int64_t delta, uint64_t *done)
@@ -137,6 +144,7 @@ static suspends int add_in_slice(
 			break;
 		}
 		count_put(q, slice->data, first + *done, new);
+		note_used(q, index + *done, (new != 0) - (old != 0));
 		if (!new)
 			q->free_index = MIN(q->free_index, index + *done);
 	}
@@ -164,57 +172,32 @@ suspends int qcow_refcount_add(struct qcow *q, uint64_t index, uint64_t count, i
 	return 0;
 }
 
-/* --- sets and lists of clusters --------------------------------------------------------------- */
+#define COUNT_AT_ONCE 65536
 
-static size_t set_slot(const struct cluster_set *set, uint64_t index)
+suspends int qcow_count_used(struct qcow *q)
 {
-	size_t slot = (size_t)((index * UINT64_C(0x9e3779b97f4a7c15)) >> 20) & set->mask;
+	uint64_t refcount;
 
-	while (set->keys[slot] && set->keys[slot] != index)
-		slot = (slot + 1) & set->mask;
-	return slot;
-}
+	/* Whoever holds the mutex goes on where the count stands; a snapshot begins it anew. */
+	while (q->counted_to < q->end_index) {
+		int ret = qcow_refcount_get(q, q->counted_to, &refcount);
 
-bool cluster_set_has(const struct cluster_set *set, uint64_t index)
-{
-	return set->keys && set->keys[set_slot(set, index)] == index;
-}
-
-void cluster_set_add(struct cluster_set *set, uint64_t index)
-{
-	if (!set->keys || set->count * 2 > set->mask) {
-		struct cluster_set bigger = { .mask = set->keys ? 2 * set->mask + 1 : 255 };
-
-		bigger.keys = calloc(bigger.mask + 1, sizeof(*bigger.keys));
-		if (!bigger.keys)
-			return; /* the set only guards against damaged images */
-		for (size_t i = 0; set->keys && i <= set->mask; i++)
-			if (set->keys[i])
-				bigger.keys[set_slot(&bigger, set->keys[i])] = set->keys[i];
-		bigger.count = set->count;
-		free(set->keys);
-		*set = bigger;
+		if (ret)
+			return ret;
+		/* Nothing suspends from here on: who changes a count later notes it. */
+		q->counted_to++;
+		q->used_clusters += refcount != 0;
+		if (q->counted_to % COUNT_AT_ONCE)
+			continue;
+		co_mutex_unlock(&q->moving);
+		co_yield ();
+		co_mutex_lock(&q->moving);
 	}
-	size_t slot = set_slot(set, index);
-	set->count += !set->keys[slot];
-	set->keys[slot] = index;
+	q->counted_to = UINT64_MAX;
+	return 0;
 }
 
-void cluster_set_remove(struct cluster_set *set, uint64_t index)
-{
-	if (!cluster_set_has(set, index))
-		return;
-	size_t slot = set_slot(set, index);
-	set->keys[slot] = 0;
-	set->count--;
-	/* Those behind it that had to step aside for it move up. */
-	for (slot = (slot + 1) & set->mask; set->keys[slot]; slot = (slot + 1) & set->mask) {
-		uint64_t key = set->keys[slot];
-
-		set->keys[slot] = 0;
-		set->keys[set_slot(set, key)] = key;
-	}
-}
+/* --- metadata --------------------------------------------------------------------------------- */
 
 static bool in_table(const struct qcow *q, uint64_t index, uint64_t off, uint64_t len)
 {
@@ -231,27 +214,6 @@ bool qcow_is_metadata(const struct qcow *q, uint64_t index)
 		       (uint64_t)q->header.refcount_table_clusters << q->cluster_bits) ||
 	       (q->header.snapshot_count && index == q->header.snapshots_off >> q->cluster_bits) ||
 	       cluster_set_has(&q->metadata, index);
-}
-
-int freed_list_add(struct freed_list *list, uint64_t index, uint64_t count)
-{
-	struct freed *last = list->count ? &list->items[list->count - 1] : NULL;
-
-	if (last && last->index + last->count == index) {
-		last->count += count;
-		return 0;
-	}
-	if (list->count == list->capacity) {
-		size_t capacity = MAX((size_t)64, 2 * list->capacity);
-		void *items = realloc(list->items, capacity * sizeof(*list->items));
-
-		if (!items)
-			return -ENOMEM; /* these clusters leak: harmless, and found by a check */
-		list->items = items;
-		list->capacity = capacity;
-	}
-	list->items[list->count++] = (struct freed){ .index = index, .count = count };
-	return 0;
 }
 
 /* --- room in the file and in the tables ------------------------------------------------------- */
@@ -299,6 +261,7 @@ static suspends int link_own_refblock(struct qcow *q, uint64_t region, uint64_t 
 		return ret;
 	q->refcount_table[region] = host_off;
 	count_put(q, slice->data, in_region % counts_per_slice(q), 1);
+	note_used(q, index, 1);
 	cache_mark_dirty(&q->refcount_cache, slice);
 	cache_put(&q->refcount_cache, slice);
 	q->end_index = MAX(q->end_index, index + 1);
@@ -441,6 +404,8 @@ static suspends int grow_table(struct qcow *q, uint64_t needed)
 	q->refcount_table = table;
 	q->refcount_table_dirty = dirty;
 	q->refcount_table_count = (uint32_t)plan.entry_count;
+	for (uint64_t i = 0; i < plan.table_clusters + plan.blocks; i++)
+		note_used(q, plan.first + i, 1);
 	for (uint64_t block = 0; block < plan.blocks; block++)
 		cluster_set_add(&q->metadata, plan.first + plan.table_clusters + block);
 	q->free_index = MIN(q->free_index, q->end_index);
