@@ -4,6 +4,10 @@
  * Listening sockets: those that this process bound are given to the keeper, so that clients can wait in them
  * while no server runs. Those that a predecessor bound came back as if from a service manager; what the config
  * does not name any more is closed, and its file removed.
+ *
+ * Kernel devices: each waits in daemon->kept_doors until the export of its name is open, and goes on there
+ * (export_start()). An export that does not open now may later (a file system that is not mounted, a machine that
+ * does not answer): its device waits meanwhile, and so does whoever uses it.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -18,10 +22,14 @@
 #include "base/util.h"
 #include "daemon/control.h"
 #include "daemon/daemon.h"
-#include "daemon/kernel-hold.h"
+#include "daemon/export.h"
+#include "daemon/kernel.h"
 #include "daemon/listen.h"
 #include "daemon/nbd_door.h"
 #include "daemon/reload.h"
+
+#define RECOVERY_MIN_NS NS_PER_SEC
+#define RECOVERY_MAX_NS (30 * NS_PER_SEC)
 
 /* --- listening sockets ------------------------------------------------------------------------ */
 
@@ -112,9 +120,6 @@ static void reload_wanted(struct keeper_link *link)
 suspends int daemon_meet_keeper(struct daemon *daemon, struct err *err)
 {
 	struct keeper_link *link = daemon->keeper;
-	char export_name[KEEPER_EXPORT_LEN];
-	struct kernel_hold hold;
-	uint32_t slot = 0;
 
 	link->on_stop = stop_wanted;
 	link->on_reload = reload_wanted;
@@ -123,10 +128,102 @@ suspends int daemon_meet_keeper(struct daemon *daemon, struct err *err)
 		return ret;
 	drop_left_overs(daemon);
 	daemon_keep_listeners(daemon);
-	while (!(ret = kernel_hold_take_over(&hold, link, &slot, export_name, err))) {
-		log_error("export \"%s\": /dev/%s is disconnected: it cannot be taken over",
-			export_name, hold.name);
-		kernel_hold_free(&hold);
+	return kernel_find_kept(link, &daemon->kept_doors, err);
+}
+
+/* --- taking over ------------------------------------------------------------------------------ */
+
+bool daemon_recovers(const struct daemon *daemon)
+{
+	return daemon->keeper && daemon->keeper->restarts;
+}
+
+static struct config_export *find_config(const struct daemon *daemon, const char *name)
+{
+	for (size_t i = 0; i < daemon->config->export_count; i++)
+		if (!strcmp(daemon->config->exports[i]->name, name))
+			return daemon->config->exports[i];
+	return NULL;
+}
+
+static suspends void drop(struct list *link, const char *why)
+{
+	struct kernel_door *door = kernel_kept_door(link);
+
+	log_error("export \"%s\": %s is disconnected, and its users get errors: %s",
+		kernel_kept_export(link), kernel_device(door), why);
+	kernel_abandon(door);
+}
+
+suspends void daemon_drop_strangers(struct daemon *daemon)
+{
+	struct list *link, *next;
+
+	for (link = daemon->kept_doors.next; link != &daemon->kept_doors; link = next) {
+		next = link->next;
+		if (!find_config(daemon, kernel_kept_export(link)))
+			drop(link, "the config does not have the export any more");
 	}
-	return ret == -ENOENT ? 0 : ret;
+}
+
+suspends void daemon_drop_kept(struct daemon *daemon)
+{
+	while (!list_empty(&daemon->kept_doors))
+		drop(daemon->kept_doors.next,
+			"its export could not be opened until the daemon stopped");
+}
+
+struct recovery {
+	struct daemon *daemon;
+	char name[];
+};
+
+/* True when there is nothing left to do. */
+static suspends bool try_to_start(struct recovery *recovery)
+{
+	struct daemon *daemon = recovery->daemon;
+	struct export *export;
+	struct err err;
+	int ret = daemon_begin_change(daemon, &err);
+
+	if (ret)
+		return true;
+	struct config_export *config = find_config(daemon, recovery->name);
+	if (config && !export_find(daemon, recovery->name))
+		ret = export_start(daemon, config, &export, &err);
+	if (!config)
+		daemon_drop_strangers(daemon);
+	daemon_end_change(daemon);
+	if (ret)
+		log_error("%s; its device waits, trying again", err.text);
+	else
+		daemon_tell_status(daemon);
+	return !ret;
+}
+
+static suspends void recover(void *arg)
+{
+	struct recovery *recovery = arg;
+	struct daemon *daemon = recovery->daemon;
+	uint64_t pause_ns = RECOVERY_MIN_NS;
+
+	do {
+		co_queue_wait_until(&daemon->stop_wanted, reactor_now_ns() + pause_ns);
+		pause_ns = MIN(2 * pause_ns, RECOVERY_MAX_NS);
+	} while (!daemon->stopping && !try_to_start(recovery));
+	free(recovery);
+}
+
+void daemon_start_later(
+	struct daemon *daemon, const struct config_export *config, const struct err *err)
+{
+	size_t name_bytes = strlen(config->name) + 1;
+	struct recovery *recovery = calloc(1, sizeof(*recovery) + name_bytes);
+
+	log_error("%s; the other exports are served, this one is tried again", err->text);
+	if (!recovery)
+		return;
+	recovery->daemon = daemon;
+	memcpy(recovery->name, config->name, name_bytes);
+	co_group_start(&daemon->recovering, recover, recovery);
 }

@@ -158,7 +158,12 @@ static suspends int start_exports(struct daemon *daemon, struct err *err)
 		keeper_tell(daemon->keeper, KEEPER_STATUS, "Opening export \"%s\", %zu of %zu",
 			config->exports[i]->name, i + 1, config->export_count);
 		ret = export_start(daemon, config->exports[i], &export, err);
+		if (ret && daemon_recovers(daemon)) {
+			daemon_start_later(daemon, config->exports[i], err);
+			ret = 0;
+		}
 	}
+	daemon_drop_strangers(daemon);
 	return ret;
 }
 
@@ -169,13 +174,17 @@ static suspends int attach_devices(struct daemon *daemon, struct err *err)
 
 	list_for_each (link, &daemon->exports) {
 		struct export *export = list_entry(link, struct export, link);
-		if (ret || daemon->stopping || !*export->config->device)
+		if (ret || daemon->stopping || export->kernel || !*export->config->device)
 			continue;
 		keeper_tell(daemon->keeper, KEEPER_STATUS, "Attaching export \"%s\" to the kernel",
 			export->config->name);
 		ret = export_attach(export, NULL, err);
 		if (ret)
 			err_place(err, conf_get(export->config->conf, "device")->where);
+		if (ret && daemon_recovers(daemon)) {
+			log_error("%s", err->text);
+			ret = 0;
+		}
 	}
 	return ret;
 }
@@ -289,6 +298,8 @@ static suspends void stop(struct daemon *daemon)
 	for (unsigned i = 0; i < count; i++)
 		co_group_start(&group, stop_one, &stopping[i]);
 	co_group_wait(&group);
+	co_group_wait(&daemon->recovering);
+	daemon_drop_kept(daemon);
 	nbd_door_close(daemon->nbd_door);
 	daemon->nbd_door = NULL;
 	timer_cancel(&daemon->stop_late);
@@ -343,6 +354,8 @@ int daemon_run(
 	daemon.keeper = keeper_sock >= 0 ? &daemon.keeper_link : NULL;
 	list_init(&daemon.exports);
 	list_init(&daemon.closing);
+	list_init(&daemon.kept_doors);
+	co_group_init(&daemon.recovering);
 	co_queue_init(&daemon.stop_wanted);
 	co_mutex_init(&daemon.change);
 	timer_init(&daemon.stop_late, stop_is_late);

@@ -45,6 +45,8 @@ struct daemon {
 	time_t start_time; /* CLOCK_REALTIME, seconds */
 
 	struct keeper_link *keeper; /* NULL: there is no keeper */
+	struct list kept_doors; /* devices of servers before this one, until their exports come */
+	struct co_group recovering; /* exports that try again to start */
 	struct keeper_link keeper_link;
 	int keeper_sock;
 
@@ -77,6 +79,15 @@ void daemon_tell_status(const struct daemon *daemon);
 
 /* In daemon-keeper.c. Says hello to the keeper, and looks at what it holds. */
 suspends int daemon_meet_keeper(struct daemon *daemon, struct err *err);
+/* Whether a server before this one served already: then one export's error is not the end of all. */
+bool daemon_recovers(const struct daemon *daemon);
+/* Tries again and again to start an export that did not, for the reason in err. */
+void daemon_start_later(
+	struct daemon *daemon, const struct config_export *config, const struct err *err);
+/* Gives up the devices of exports that the config does not have. */
+suspends void daemon_drop_strangers(struct daemon *daemon);
+/* The end of those that nobody took over. */
+suspends void daemon_drop_kept(struct daemon *daemon);
 /* The listening sockets that there are now are kept for a successor; harmless without a keeper. */
 suspends void daemon_keep_listeners(struct daemon *daemon);
 

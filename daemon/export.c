@@ -16,6 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/cleanup.h"
 #include "base/log.h"
 #include "base/units.h"
 #include "base/util.h"
@@ -367,6 +368,46 @@ suspends int export_detach(struct export *export, bool force, struct err *err)
 	return ret;
 }
 
+/* Errors after which no second try will help. */
+static bool is_final(int ret)
+{
+	static const int codes[] = { ENODEV, ENOTRECOVERABLE, EPROTONOSUPPORT, EUCLEAN, EINVAL,
+		EOPNOTSUPP };
+
+	for (size_t i = 0; i < ARRAY_LEN(codes); i++)
+		if (ret == -codes[i])
+			return true;
+	return false;
+}
+
+/* The device that a server before this one served under this name, if there is one. */
+static suspends int take_over(struct export *export, struct err *err)
+{
+	const char *name = export->config->name;
+
+	list_for_each (link, &export->daemon->kept_doors) {
+		struct kernel_door *door = kernel_kept_door(link);
+
+		if (strcmp(kernel_kept_export(link), name))
+			continue;
+		int ret = kernel_resume(door, &export->nbd, err);
+		if (!ret) {
+			export->kernel = door;
+			export->kernel_size = kernel_size(door);
+			log_info("export \"%s\": %s goes on", name, kernel_device(door));
+			co_start(resized_by_itself, export);
+			return 0;
+		}
+		if (!is_final(ret))
+			return err_wrap(err, "export \"%s\": %s", name, kernel_device(door));
+		log_error("export \"%s\": %s is disconnected, and its users get errors: %s", name,
+			kernel_device(door), err->text);
+		kernel_abandon(door);
+		return 0;
+	}
+	return 0;
+}
+
 /* The daemon ends: a device in use is detached all the same, after saying whose data is at stake. */
 static suspends void detach_for_good(struct export *export)
 {
@@ -491,7 +532,9 @@ suspends int export_start(struct daemon *daemon, struct config_export *config,
 		export->read_only);
 	export_set_config(export, config);
 	list_push_back(&daemon->exports, &export->link);
-	call.ret = nbd_door_publish(daemon->nbd_door, export, err);
+	call.ret = take_over(export, err);
+	if (!call.ret)
+		call.ret = nbd_door_publish(daemon->nbd_door, export, err);
 	if (call.ret) {
 		export_stop(export, 0);
 		return call.ret;
@@ -510,8 +553,9 @@ suspends void export_stop(struct export *export, uint64_t grace_ns)
 	list_push_back(&export->daemon->closing, &export->link);
 	detach_for_good(export);
 	nbd_withdraw(&export->nbd, grace_ns);
-	/* The kernel's connection is gone now: what did not let itself be detached is lost, and let go. */
-	detach_for_good(export);
+	/* Nobody serves it now: what did not let itself be detached is let go. */
+	if (export->kernel)
+		kernel_abandon(take_ptr(export->kernel));
 	co_mutex_unlock(&export->change);
 	export->drained = true;
 	co_group_wait(&export->users);

@@ -227,6 +227,8 @@ static void job_done(struct held *held)
 	job->running = false;
 	if (job->run == run_resize && !job->ret)
 		held->facts.size_bytes = job->request.size_bytes;
+	if (job->run == run_settle)
+		held->facts.settled = true;
 	if (job->run == run_claim && !job->ret && job->server != held->keeper->server_id) {
 		job->server = 0;
 		if (!job_start(held, NULL, 0, run_free))
@@ -290,8 +292,7 @@ static const struct held *find_export(const struct devices *devices, const char 
 	return NULL;
 }
 
-static void claim(
-	struct keeper *keeper, const struct keeper_message *request, struct keeper_fds *fds)
+static void claim(struct keeper *keeper, const struct keeper_message *request)
 {
 	if (!device_ok(request->device)) {
 		char text[128];
@@ -299,7 +300,7 @@ static void claim(
 			request->device);
 		return refuse(keeper, request, EINVAL, text);
 	}
-	if (!export_name_ok(request->export) || !request->connections || fds->count > 1)
+	if (!export_name_ok(request->export) || !request->connections)
 		return refuse(keeper, request, EINVAL, "the keeper does not understand the claim");
 	if (find_export(&keeper->devices, request->export))
 		return refuse(
@@ -310,8 +311,7 @@ static void claim(
 			keeper, request, ENOSPC, "the keeper holds as many devices as it can");
 	held->facts = *request;
 	held->facts.restarts = 0;
-	if (fds->count)
-		held->journal = fds->fd[--fds->count];
+	held->facts.settled = false;
 	snprintf(held->identifier, sizeof(held->identifier), "blkstack:%s", request->export);
 	if (job_start(held, request, keeper->server_id, run_claim)) {
 		held_free(held);
@@ -332,6 +332,18 @@ static void next(struct keeper *keeper, const struct keeper_message *request)
 		return hand_out(held, request->id, true);
 	}
 	refuse(keeper, request, ENOENT, "no more devices");
+}
+
+static void take_journal(
+	struct keeper *keeper, const struct keeper_message *request, struct keeper_fds *fds)
+{
+	const struct keeper_message answer = { .id = request->id };
+	struct held *held = find(keeper, request->slot);
+
+	if (!held || held->journal >= 0 || fds->count != 1)
+		return refuse(keeper, request, EINVAL, "the keeper has no use for the journal");
+	held->journal = fds->fd[--fds->count];
+	keeper_say(keeper, KEEPER_ANSWER, &answer, NULL, 0);
 }
 
 static void change(struct keeper *keeper, const struct keeper_message *request)
@@ -357,7 +369,9 @@ void devices_request(
 	struct keeper *keeper, const struct keeper_message *request, struct keeper_fds *fds)
 {
 	if (request->word == KEEPER_CLAIM)
-		claim(keeper, request, fds);
+		claim(keeper, request);
+	else if (request->word == KEEPER_JOURNAL)
+		take_journal(keeper, request, fds);
 	else if (request->word == KEEPER_NEXT)
 		next(keeper, request);
 	else

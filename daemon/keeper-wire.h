@@ -26,10 +26,11 @@ enum keeper_word {
 	/* Requests of the server; each gets an ANSWER with its id. */
 	KEEPER_HELLO = 1, /* version. Answer: restarts, text: why the last server ended */
 	KEEPER_NEXT, /* slot. Answer: the first device held at or after it, as CLAIM's; -ENOENT: none */
-	KEEPER_CLAIM,   /* export, device, sizes, flags, connections, the journal as a descriptor.
-			     Answer: slot, device, connections; the server's ends, as many of the
-			     driver's, and with NEXT the journal */
-	KEEPER_SETTLE,  /* slot, as all that follow */
+	/* export, device, sizes, flags, connections. Answer: slot, device, connections; the server's ends,
+	   as many of the driver's, and with NEXT the journal. */
+	KEEPER_CLAIM,
+	KEEPER_JOURNAL, /* slot, as all that follow; memory, for the next server */
+	KEEPER_SETTLE,
 	KEEPER_RESIZE,  /* size_bytes */
 	KEEPER_USERS,   /* an error says who uses it */
 	KEEPER_RELEASE, /* force */
@@ -63,6 +64,7 @@ struct keeper_message {
 	uint32_t block_size, timeout_s, dead_timeout_s; /* as in kernel_dev_opts */
 	uint32_t flags, mode, connections;
 	uint32_t force;
+	uint32_t settled;  /* the device is ready for its users */
 	uint32_t ended;    /* 0: the driver has it still; else 1 and the errno why not */
 	uint32_t restarts; /* servers started before this one; of a device: that had it before */
 	uint64_t size_bytes;

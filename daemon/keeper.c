@@ -327,6 +327,7 @@ static void handle(struct life *life, const struct keeper_message *said, struct 
 		return hello(life, said);
 	case KEEPER_NEXT:
 	case KEEPER_CLAIM:
+	case KEEPER_JOURNAL:
 	case KEEPER_SETTLE:
 	case KEEPER_RESIZE:
 	case KEEPER_USERS:

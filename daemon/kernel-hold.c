@@ -188,7 +188,7 @@ static suspends int claim_there(struct kernel_hold *hold, struct err *err)
 
 	snprintf(message.export, sizeof(message.export), "%s", hold->export);
 	snprintf(message.device, sizeof(message.device), "%s", hold->opts.device);
-	int ret = keeper_call(hold->keeper, KEEPER_CLAIM, &message, hold->journal, &fds, err);
+	int ret = keeper_call(hold->keeper, KEEPER_CLAIM, &message, -1, &fds, err);
 	if (ret)
 		return ret;
 	take_ends(hold, &fds);
@@ -240,10 +240,18 @@ suspends int kernel_hold_take_over(struct kernel_hold *hold, struct keeper_link 
 	hold->ended = message.ended;
 	hold->end_reason = message.ended ? (int)message.ended - 1 : 0;
 	hold->taken_over = message.restarts;
+	hold->settled = message.settled;
 	hold->kept.slot = message.slot;
 	*slot = message.slot + 1;
 	list_push_back(&keeper->devices, &hold->kept.link);
 	return 0;
+}
+
+void kernel_hold_rename(
+	struct kernel_hold *hold, const char *export, void (*on_end)(struct kernel_hold *hold))
+{
+	hold->export = export;
+	hold->on_end = on_end;
 }
 
 /* --- what is done with it --------------------------------------------------------------------- */
@@ -258,6 +266,13 @@ static suspends int request(struct kernel_hold *hold, enum keeper_word word, uin
 	};
 
 	return keeper_call(hold->keeper, word, &message, -1, NULL, err);
+}
+
+suspends int kernel_hold_set_journal(struct kernel_hold *hold, int fd, struct err *err)
+{
+	struct keeper_message message = { .slot = hold->kept.slot };
+
+	return keeper_call(hold->keeper, KEEPER_JOURNAL, &message, fd, NULL, err);
 }
 
 suspends int kernel_hold_settle(struct kernel_hold *hold, struct err *err)
@@ -294,14 +309,6 @@ suspends int kernel_hold_release(struct kernel_hold *hold, bool force, struct er
 	return hold->keeper ? request(hold, KEEPER_RELEASE, 0, force, err) : call_blocking(&call);
 }
 
-static void close_ours(struct kernel_hold *hold)
-{
-	list_remove(&hold->kept.link);
-	kernel_ends_close(&hold->ends);
-	if (hold->journal >= 0)
-		close(take_fd(&hold->journal));
-}
-
 static suspends void free_there(struct kernel_hold *hold)
 {
 	struct err err;
@@ -310,7 +317,7 @@ static suspends void free_there(struct kernel_hold *hold)
 		co_sleep_ns(NS_PER_SEC / 10); /* a call of a predecessor's is under way */
 }
 
-suspends void kernel_hold_free(struct kernel_hold *hold)
+suspends void kernel_hold_disconnect(struct kernel_hold *hold)
 {
 	struct call call = { .fn = call_free, .hold = hold };
 
@@ -323,10 +330,12 @@ suspends void kernel_hold_free(struct kernel_hold *hold)
 		while (!hold->ended)
 			co_queue_wait(&hold->end);
 	}
-	close_ours(hold);
 }
 
 void kernel_hold_leave(struct kernel_hold *hold)
 {
-	close_ours(hold);
+	list_remove(&hold->kept.link);
+	kernel_ends_close(&hold->ends);
+	if (hold->journal >= 0)
+		close(take_fd(&hold->journal));
 }

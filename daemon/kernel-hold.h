@@ -23,9 +23,10 @@ struct kernel_hold {
 		opts; /* once claimed, with the mode and the connections that it has */
 	char name[KERNEL_NAME_LEN]; /* "nbd0", once claimed */
 	struct kernel_ends ends;    /* the door's to use and to close */
-	int journal;         /* memory for whoever serves next, kept with the device; -1: none */
+	int journal;         /* from the keeper: what the servers before wrote; -1: nothing */
 	unsigned taken_over; /* servers that had it before this one */
 
+	bool settled;
 	bool ended; /* the driver gave it up */
 	int end_reason;
 	void (*on_end)(struct kernel_hold *hold);
@@ -41,7 +42,7 @@ struct kernel_hold {
 void kernel_hold_init(struct kernel_hold *hold, struct keeper_link *keeper, const char *export,
 	const struct kernel_dev_opts *opts, void (*on_end)(struct kernel_hold *hold));
 
-/* As kernel_dev_claim(). The keeper keeps hold->journal too, which must be set then. */
+/* As kernel_dev_claim(). */
 suspends int kernel_hold_claim(struct kernel_hold *hold, struct err *err);
 
 /*
@@ -51,6 +52,9 @@ suspends int kernel_hold_claim(struct kernel_hold *hold, struct err *err);
 suspends int kernel_hold_take_over(struct kernel_hold *hold, struct keeper_link *keeper,
 	uint32_t *slot, char export_name[KEEPER_EXPORT_LEN], struct err *err);
 
+/* The keeper keeps the memory for the next server; fd stays the caller's. */
+suspends int kernel_hold_set_journal(struct kernel_hold *hold, int fd, struct err *err);
+
 /* As kernel_dev_settle(), and the device's name is made known to udev. */
 suspends int kernel_hold_settle(struct kernel_hold *hold, struct err *err);
 suspends int kernel_hold_resize(struct kernel_hold *hold, uint64_t size_bytes, struct err *err);
@@ -58,7 +62,10 @@ suspends int kernel_hold_resize(struct kernel_hold *hold, uint64_t size_bytes, s
 suspends int kernel_hold_check_unused(struct kernel_hold *hold, struct err *err);
 suspends int kernel_hold_release(struct kernel_hold *hold, bool force, struct err *err);
 
-/* Disconnects if need be, and returns when nothing is held any more. Closes the ends. */
-suspends void kernel_hold_free(struct kernel_hold *hold);
-/* The keeper goes on holding it. Closes the ends. */
+/* Disconnects if need be, and returns when nothing is held any more. The ends stay open. */
+suspends void kernel_hold_disconnect(struct kernel_hold *hold);
+/* The last call. Closes the ends; the keeper goes on holding what was not disconnected. */
 void kernel_hold_leave(struct kernel_hold *hold);
+/* What a door that took over tells that a claim would have been told. */
+void kernel_hold_rename(
+	struct kernel_hold *hold, const char *export, void (*on_end)(struct kernel_hold *hold));

@@ -18,13 +18,13 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
-#include <sys/socket.h>
 #include <unistd.h>
 
 #include "base/cleanup.h"
 #include "base/log.h"
 #include "base/util.h"
 #include "daemon/kernel-hold.h"
+#include "nbd/journal.h"
 #include "nbd/server.h"
 #include "rt/lock.h"
 #include "rt/reactor.h"
@@ -34,10 +34,16 @@
 #endif
 
 struct kernel_door {
+	struct list link; /* while nobody has taken it over */
+	char export_name[KEEPER_EXPORT_LEN];
 	struct nbd_export *nbd;
 	struct kernel_hold hold;
 	char device[KERNEL_NAME_LEN + 8];
 	bool detaching; /* the end is expected */
+
+	/* With a keeper. The connections are the journal's, and go on after this process. */
+	struct nbd_journal *journal;
+	struct co_group serving; /* connections, as seen from the main reactor */
 };
 
 /* --- the end of a device ---------------------------------------------------------------------- */
@@ -57,42 +63,61 @@ static void door_ended(struct kernel_hold *hold)
 			end_text(door));
 }
 
+static suspends void close_journal_call(void *arg)
+{
+	struct kernel_door *door = arg;
+
+	nbd_journal_close(door->journal);
+	door->journal = NULL;
+}
+
+static suspends void close_journal(struct kernel_door *door)
+{
+	co_group_wait(&door->serving);
+	if (door->journal)
+		co_call_on(door->nbd->home, close_journal_call, door);
+}
+
 /* Gives the device up, gently or not, and frees the door. */
 static suspends void door_free(struct kernel_door *door)
 {
 	door->detaching = true;
-	kernel_hold_free(&door->hold);
+	list_remove(&door->link);
+	kernel_hold_disconnect(&door->hold);
+	close_journal(door);
+	kernel_hold_leave(&door->hold);
 	free(door);
 }
 
 /* --- serving ---------------------------------------------------------------------------------- */
 
-/* The other end of the device's socket, on its way to the export's home reactor and there. */
+/* One connection of the device, on its way to the export's home reactor, there, and back. */
 struct serving {
-	struct task arrived;
-	struct nbd_export *nbd;
-	int fd;
+	struct task arrived, left;
+	struct kernel_door *door;
+	int fd;              /* without a journal */
+	unsigned connection; /* with one */
 	char device[KERNEL_NAME_LEN + 8];
 };
 
 static suspends void serve(void *arg)
 {
 	struct serving *serving = arg;
+	struct kernel_door *door = serving->door;
 	const struct nbd_session session = {
 		.fd = serving->fd,
 		.limits = &nbd_limits_default,
 		.peer = serving->device,
 		.origin = NBD_FROM_KERNEL,
+		.journal = door->journal,
+		.connection = serving->connection,
 	};
-	CLEANUP(fd) int twin = fcntl(serving->fd, F_DUPFD_CLOEXEC, 0);
-	int ret = nbd_serve(serving->nbd, &session);
+	int ret = nbd_serve(door->nbd, &session);
 
-	/* The keeper has a descriptor of it too: the driver would not see a mere close. */
-	shutdown(twin, SHUT_RDWR);
-	if (ret)
-		log_error("export \"%s\": the connection with %s broke: %s", serving->nbd->name,
+	if (ret < 0)
+		log_error("export \"%s\": the connection with %s broke: %s", door->nbd->name,
 			serving->device, strerror(-ret));
-	free(serving);
+	reactor_post(door->hold.reactor, &serving->left);
 }
 
 static void serve_arrived(struct task *task)
@@ -100,21 +125,107 @@ static void serve_arrived(struct task *task)
 	co_start(serve, container_of(task, struct serving, arrived));
 }
 
+static void serve_left(struct task *task)
+{
+	struct serving *serving = container_of(task, struct serving, left);
+
+	co_group_leave(&serving->door->serving);
+	free(serving);
+}
+
 /* Takes fd over. */
-static int start_serving(struct kernel_door *door, int fd, struct err *err)
+static int start_serving(struct kernel_door *door, int fd, unsigned connection, struct err *err)
 {
 	struct serving *serving = calloc(1, sizeof(*serving));
 
 	if (!serving) {
-		close(fd);
+		if (fd >= 0)
+			close(fd);
 		return err_set(err, ENOMEM, "out of memory");
 	}
-	serving->nbd = door->nbd;
+	serving->door = door;
 	serving->fd = fd;
+	serving->connection = connection;
 	snprintf(serving->device, sizeof(serving->device), "%s", door->device);
 	task_init(&serving->arrived, serve_arrived);
+	task_init(&serving->left, serve_left);
+	co_group_enter(&door->serving);
 	reactor_post(door->nbd->home, &serving->arrived);
 	return 0;
+}
+
+/* --- the journal ------------------------------------------------------------------------------ */
+
+/* Memory that the keeper keeps for our successor. -errno. */
+static suspends int create_journal(struct kernel_door *door, struct err *err)
+{
+	struct kernel_hold *hold = &door->hold;
+	size_t size_bytes = nbd_journal_size(hold->ends.count, NBD_JOURNAL_ARENA_DEFAULT_BYTES);
+	CLEANUP(fd) int fd = memfd_create("blkstack-journal", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+
+	if (fd < 0 || ftruncate(fd, (off_t)size_bytes) ||
+		fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL))
+		return err_sys(err, errno, "%s: memory for its requests", door->device);
+	int ret = kernel_hold_set_journal(hold, fd, err);
+	if (!ret)
+		hold->journal = take_fd(&fd);
+	return ret;
+}
+
+struct opening {
+	struct kernel_door *door;
+	struct err *err;
+	int ret;
+};
+
+/* Populates memory, which takes its time. */
+static void open_journal(void *arg)
+{
+	struct opening *opening = arg;
+	struct kernel_door *door = opening->door;
+	const struct kernel_ends *ends = &door->hold.ends;
+	struct nbd_seat seat = { .memory_fd = door->hold.journal, .connections = ends->count };
+
+	for (unsigned i = 0; i < ends->count; i++)
+		seat.ends[i] = (struct nbd_seat_ends){ ends->server[i], ends->driver[i] };
+	opening->ret = nbd_journal_open(&seat, &door->journal, opening->err);
+}
+
+static suspends void replay(void *arg)
+{
+	struct opening *opening = arg;
+
+	opening->ret = nbd_journal_replay(opening->door->journal, opening->door->nbd, opening->err);
+}
+
+static suspends int serve_with_journal(struct kernel_door *door, struct err *err)
+{
+	struct opening opening = { .door = door, .err = err };
+	int ret = door->hold.journal >= 0 ? 0 : create_journal(door, err);
+
+	if (ret)
+		return ret;
+	co_offload(open_journal, &opening);
+	if (!opening.ret)
+		co_call_on(door->nbd->home, replay, &opening);
+	ret = opening.ret;
+	for (unsigned i = 0; i < door->hold.ends.count && !ret; i++)
+		ret = start_serving(door, -1, i, err);
+	return ret;
+}
+
+static suspends int serve_all(struct kernel_door *door, struct err *err)
+{
+	struct kernel_ends *ends = &door->hold.ends;
+	int ret = 0;
+
+	snprintf(door->device, sizeof(door->device), "/dev/%s", door->hold.name);
+	if (door->hold.keeper)
+		return serve_with_journal(door, err);
+	for (unsigned i = 0; i < ends->count && !ret; i++)
+		ret = start_serving(door, take_fd(&ends->server[i]), 0, err);
+	kernel_ends_close(ends);
+	return ret;
 }
 
 /* --- attach, resize, detach ------------------------------------------------------------------- */
@@ -136,21 +247,11 @@ static struct kernel_door *door_new(const struct kernel_opts *opts)
 	if (!door)
 		return NULL;
 	door->nbd = opts->nbd;
+	list_init(&door->link);
+	co_group_init(&door->serving);
 	kernel_hold_init(&door->hold, opts->keeper, opts->nbd->name, &dev_opts, door_ended);
 	snprintf(door->device, sizeof(door->device), "%s", opts->device);
 	return door;
-}
-
-static int serve_all(struct kernel_door *door, struct err *err)
-{
-	struct kernel_ends *ends = &door->hold.ends;
-	int ret = 0;
-
-	snprintf(door->device, sizeof(door->device), "/dev/%s", door->hold.name);
-	for (unsigned i = 0; i < ends->count && !ret; i++)
-		ret = start_serving(door, take_fd(&ends->server[i]), err);
-	kernel_ends_close(ends);
-	return ret;
 }
 
 suspends int kernel_attach(
@@ -200,6 +301,77 @@ suspends int kernel_resize(struct kernel_door *door, uint64_t size_bytes, struct
 	return kernel_hold_resize(&door->hold, size_bytes, err);
 }
 
+/* --- from server to server -------------------------------------------------------------------- */
+
+suspends int kernel_find_kept(struct keeper_link *keeper, struct list *doors, struct err *err)
+{
+	uint32_t slot = 0;
+
+	for (;;) {
+		struct kernel_door *door = calloc(1, sizeof(*door));
+		if (!door)
+			return err_set(err, ENOMEM, "out of memory");
+		int ret = kernel_hold_take_over(&door->hold, keeper, &slot, door->export_name, err);
+		if (ret) {
+			free(door);
+			return ret == -ENOENT ? 0 : ret;
+		}
+		list_init(&door->link);
+		co_group_init(&door->serving);
+		kernel_hold_rename(&door->hold, door->export_name, NULL);
+		snprintf(door->device, sizeof(door->device), "/dev/%s", door->hold.name);
+		list_push_back(doors, &door->link);
+	}
+}
+
+const char *kernel_kept_export(const struct list *link)
+{
+	return list_entry(link, const struct kernel_door, link)->export_name;
+}
+
+struct kernel_door *kernel_kept_door(struct list *link)
+{
+	return list_entry(link, struct kernel_door, link);
+}
+
+suspends int kernel_resume(struct kernel_door *door, struct nbd_export *nbd, struct err *err)
+{
+	struct err unsettled = { 0 };
+
+	door->nbd = nbd;
+	if (door->hold.ended)
+		return err_set(err, ENODEV, "%s is lost: %s", door->device, end_text(door));
+	int ret = serve_with_journal(door, err);
+	if (ret) {
+		close_journal(door);
+		door->nbd = NULL;
+		return ret;
+	}
+	list_remove(&door->link);
+	kernel_hold_rename(&door->hold, nbd->name, door_ended);
+	if (!door->hold.settled && kernel_hold_settle(&door->hold, &unsettled))
+		log_warning("export \"%s\": %s", nbd->name, unsettled.text);
+	return 0;
+}
+
+uint64_t kernel_size(const struct kernel_door *door)
+{
+	return door->hold.opts.size_bytes;
+}
+
+suspends void kernel_abandon(struct kernel_door *door)
+{
+	door_free(door);
+}
+
+suspends void kernel_leave(struct kernel_door *door)
+{
+	list_remove(&door->link);
+	close_journal(door);
+	kernel_hold_leave(&door->hold);
+	free(door);
+}
+
 /* --- the rest --------------------------------------------------------------------------------- */
 
 const char *kernel_device(const struct kernel_door *door)
@@ -215,6 +387,8 @@ json_t *kernel_status(const struct kernel_door *door)
 	json_object_set_new(object, "state", json_string(door->hold.ended ? "lost" : "attached"));
 	if (door->hold.ended)
 		json_object_set_new(object, "reason", json_string(end_text(door)));
+	json_object_set_new(object, "kept", json_boolean(door->hold.keeper));
+	json_object_set_new(object, "taken_over", json_integer(door->hold.taken_over));
 	json_object_set_new(object, "size", json_integer((json_int_t)door->hold.opts.size_bytes));
 	json_object_set_new(object, "block_size", json_integer(door->hold.opts.block_size));
 	json_object_set_new(

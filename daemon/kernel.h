@@ -17,6 +17,7 @@
 #include <jansson.h>
 
 #include "base/err.h"
+#include "base/list.h"
 #include "daemon/kernel-dev.h"
 #include "rt/co.h"
 
@@ -56,6 +57,27 @@ suspends int kernel_check_unused(struct kernel_door *door, struct err *err);
 
 /* After the stack has grown, or before it shrinks. Requests are served meanwhile. */
 suspends int kernel_resize(struct kernel_door *door, uint64_t size_bytes, struct err *err);
+
+/*
+ * With a keeper: the devices that it holds from servers before this one, as doors in a list. Each is resumed by the
+ * export of its name, or abandoned.
+ */
+suspends int kernel_find_kept(struct keeper_link *keeper, struct list *doors, struct err *err);
+const char *kernel_kept_export(const struct list *link);
+struct kernel_door *kernel_kept_door(struct list *link);
+
+/*
+ * Goes on where the last server was; before nbd has other clients. On an error the door stays in its list:
+ * -ENODEV the driver gave it up, -ENOTRECOVERABLE the disk's content died with the last server; -EIO and others of
+ * the disk may go away.
+ */
+suspends int kernel_resume(struct kernel_door *door, struct nbd_export *nbd, struct err *err);
+uint64_t kernel_size(const struct kernel_door *door);
+
+/* Disconnects without a flush: users of the device get errors. Frees the door. */
+suspends void kernel_abandon(struct kernel_door *door);
+/* After nbd_export_close() with a keeper: the device waits for another server. Frees the door. */
+suspends void kernel_leave(struct kernel_door *door);
 
 const char *kernel_device(const struct kernel_door *door); /* "/dev/nbd0" */
 

@@ -442,6 +442,7 @@ static int open_vsock(struct listener *listener, const struct sockaddr_vm *vm, s
 
 	describe_vsock(listener, vm);
 	listener->fd = passed_socket(addr);
+	listener->passed = listener->fd >= 0 && !is_kept(listener->fd);
 	if (listener->fd < 0) {
 		CLEANUP(fd) int fd = socket(AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC, 0);
 		if (fd < 0 || bind(fd, addr, sizeof(*vm)) || listen(fd, BACKLOG))
