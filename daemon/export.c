@@ -25,6 +25,7 @@
 #include "daemon/kernel.h"
 #include "daemon/nbd_door.h"
 #include "daemon/record.h"
+#include "nbd/journal.h"
 
 #define KERNEL_BLOCK_SIZE_MIN 512U
 #define KERNEL_BLOCK_SIZE_MAX 4096U /* the page size of every processor we run on, at least */
@@ -144,6 +145,8 @@ static suspends void resize_call(void *arg)
 	struct call *call = arg;
 
 	call->ret = blk_resize(call->export->top, call->len, call->flags, call->err);
+	if (!call->ret) /* nothing that was cut off comes back after a crash */
+		nbd_journal_settle(&call->export->nbd);
 }
 
 static suspends int resize(struct export *export, uint64_t size, bool force, struct err *err)
@@ -228,6 +231,8 @@ static suspends void discard_call(void *arg)
 	if (!call->len && call->off < call->export->size)
 		call->len = call->export->size - call->off;
 	call->ret = blk_discard(call->export->top, call->off, call->len, 0);
+	if (!call->ret)
+		call->ret = nbd_journal_settle(&call->export->nbd);
 }
 
 suspends int export_discard(struct export *export, uint64_t off, uint64_t len, struct err *err)

@@ -85,7 +85,7 @@ suspends int nbd_journal_replay(
 
 /*
  * Home reactor. What the journal keeps of acknowledged writes in case of a crash becomes durable and is
- * forgotten. Needed before anything changes the export's disk other than by its connections, such as a
+ * forgotten. Needed after anything has changed the export's disk other than by its connections, such as a
  * discard or a shrinking resize by command: else a successor could do an older write again on top.
  * 0 at once when there is no journal, or nothing in it. Else what blk_flush() says.
  */

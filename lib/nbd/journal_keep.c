@@ -193,17 +193,16 @@ static bool was_acknowledged(const struct nbd_held *held)
 static suspends int do_again(const struct nbd_held *held, struct blk *blk)
 {
 	const struct journal_entry *entry = held->entry;
+	uint64_t size = blk_caps(blk)->size; /* which may be smaller meanwhile */
+	uint64_t off = MIN(entry->off, size);
 	const struct nbd_change change = {
 		.type = entry->type,
 		.flags = entry->flags & NBD_CMD_FLAG_NO_HOLE,
-		.off = entry->off,
-		.len = entry->len,
+		.off = off,
+		.len = MIN((uint64_t)entry->len, size - off),
 		.payload = journal_in(held->line, journal_payload_at(entry)),
 	};
 
-	/* The disk was made smaller meanwhile. */
-	if (!range_ok(change.off, change.len, blk_caps(blk)->size))
-		return 0;
 	return nbd_change(blk, &change);
 }
 

@@ -8,47 +8,6 @@
 
 #include "seat_rig.h"
 
-#define FILE_STACK "( { layer = 'file'; path = 'disk'; sync = 'none'; lock = false } )"
-#define QCOW_STACK                                                                            \
-	"( { layer = 'qcow' }, { layer = 'file'; path = 'disk.qcow2'; sync = 'none'; lock = " \
-	"false } )"
-
-static unsigned long kills_wanted(unsigned long by_default)
-{
-	const char *given = getenv("JOURNAL_KILLS");
-
-	return given ? strtoul(given, NULL, 0) : by_default;
-}
-
-static void make_file(void)
-{
-	int fd = open("disk", O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
-
-	require(fd >= 0 && !ftruncate(fd, SEAT_DISK_BYTES));
-	close(fd);
-}
-
-static void make_qcow(void)
-{
-	char command[200];
-
-	snprintf(command, sizeof(command),
-		"qemu-img create -q -f qcow2 -o cluster_size=%u disk.qcow2 %u",
-		4096U << test_random(5), SEAT_DISK_BYTES);
-	ck_assert_int_eq(system(command), 0);
-}
-
-/* Leaked clusters are allowed. */
-static void check_qcow(void)
-{
-	int status = system("qemu-img check -f qcow2 disk.qcow2 >check.log 2>&1");
-
-	if (status && status != 3 << 8) {
-		ck_assert_int_eq(system("cat check.log >&2"), 0);
-		ck_abort_msg("qemu-img check: status 0x%x", status);
-	}
-}
-
 /* One server's life, from its start to its end. */
 static void live_and_die(struct seat_rig *rig)
 {
@@ -89,17 +48,17 @@ static void live_many_lives(const char *stack, unsigned connections, unsigned lo
 START_TEST(test_file)
 {
 	test_seed();
-	make_file();
-	live_many_lives(FILE_STACK, 1 + (unsigned)_i, kills_wanted(40));
+	seat_make_file();
+	live_many_lives(SEAT_FILE, 1 + (unsigned)_i, seat_kills_wanted(20));
 }
 END_TEST
 
 START_TEST(test_qcow)
 {
 	test_seed();
-	make_qcow();
-	live_many_lives(QCOW_STACK, 1 + (unsigned)_i, kills_wanted(40));
-	check_qcow();
+	seat_make_qcow();
+	live_many_lives(SEAT_QCOW, 1 + (unsigned)_i, seat_kills_wanted(20));
+	seat_check_qcow();
 }
 END_TEST
 
