@@ -1,4 +1,4 @@
-# blkstack. Targets: all check check-rt check-kernel bench lint format install help
+# blkstack. Targets: all check check-rt check-kernel check-vm bench lint format install help
 #
 # BUILD=release (default) | debug | asan | tsan | cov | fuzz. Everything built lands in build/ for
 # release and build-$(BUILD)/ for the others. V=1 shows the commands.
@@ -140,6 +140,11 @@ check-rt: units
 check-kernel: all $(HELPERS)
 	$Qtests/kernel/run $O
 
+# The same under Debian's 6.1 and 6.12 kernels in QEMU. VM="6.12 netlink kill": that one, and those tests.
+check-vm: all $(HELPERS)
+	$Qscripts/deps vm
+	$Qtests/kernel/check-vm $O $(VM)
+
 # BENCH="--rounds 1 --only randread" passes options; tests/bench/README.md has them.
 bench: all $(BENCHES)
 	$Qtests/bench/bench --build $O $(BENCH)
@@ -181,6 +186,6 @@ install: all
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -4
 
-.PHONY: all check check-rt check-kernel bench fuzz units lint format install clean help
+.PHONY: all check check-rt check-kernel check-vm bench fuzz units lint format install clean help
 .SECONDARY:
 -include $(shell find $O -name '*.d' 2>/dev/null)
