@@ -258,7 +258,7 @@ static suspends void change_at_home(void *arg)
 /* Whoever has the disk open keeps what it has read, and would mix it with what the snapshot has. */
 static int check_unused(const struct export *export, struct err *err)
 {
-	if (export->kernel || export->nbd.clients.running)
+	if (export->kernel || export->nbd.inside)
 		return err_set(err, EBUSY,
 			"export \"%s\" is in use: what its users have read of it would be wrong; "
 			"detach it "

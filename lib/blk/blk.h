@@ -79,6 +79,7 @@ enum blk_extent_flags { BLK_EXTENT_DATA = 0, BLK_EXTENT_HOLE = 1, BLK_EXTENT_ZER
 struct blk_extent {
 	uint64_t len;
 	uint32_t flags;
+	uint32_t depth; /* see blk_extents.tells_depth; else 0 */
 };
 
 /*
@@ -91,6 +92,12 @@ struct blk_extents {
 	uint64_t limit; /* end never goes beyond: longer ones are cut */
 	struct blk_extent *list;
 	unsigned count, max_count;
+	/*
+	 * Set by a caller who wants to know who has the data: then an extent with space of its own has in
+	 * `depth` how far down the chain of backing images that is, 0 for the disk itself.
+	 */
+	bool tells_depth;
+	uint32_t depth; /* what is added now has this one */
 };
 
 void blk_extents_init(struct blk_extents *extents, struct blk_extent *list, unsigned max_count);

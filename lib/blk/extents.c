@@ -25,14 +25,15 @@ void blk_extents_init(struct blk_extents *extents, struct blk_extent *list, unsi
 bool blk_extents_add(struct blk_extents *extents, uint64_t len, uint32_t flags)
 {
 	struct blk_extent *last = extents->count ? &extents->list[extents->count - 1] : NULL;
+	uint32_t depth = extents->tells_depth && !(flags & BLK_EXTENT_HOLE) ? extents->depth : 0;
 
 	len = MIN(len, extents->limit - extents->end);
 	if (!len)
 		return extents->end < extents->limit;
-	if (last && last->flags == flags)
+	if (last && last->flags == flags && last->depth == depth)
 		last->len += len;
 	else if (extents->count < extents->max_count)
-		extents->list[extents->count++] = (struct blk_extent){ len, flags };
+		extents->list[extents->count++] = (struct blk_extent){ len, flags, depth };
 	else
 		return false;
 	extents->end += len;
@@ -45,12 +46,16 @@ static bool add_until(struct blk_extents *extents, uint64_t to, uint32_t flags)
 	return to <= extents->end || blk_extents_add(extents, to - extents->end, flags);
 }
 
-/* Appends found to extents, rounded to blocks. found may start before the end of extents. */
+/*
+ * Appends found to extents, rounded to blocks. found may start before the end of extents. A block that data of
+ * several depths share is of the depth of the last of them.
+ */
 static void add_rounded(
 	struct blk_extents *extents, const struct blk_extents *found, uint32_t block_size)
 {
 	uint64_t off = found->off;
 	uint64_t known_end = round_down(found->end, block_size);
+	uint32_t own_depth = extents->depth;
 
 	if (!found->count)
 		return;
@@ -58,15 +63,20 @@ static void add_rounded(
 		uint64_t start = round_up(off, block_size);
 		uint64_t end = round_down(off + found->list[i].len, block_size);
 
+		extents->depth = found->list[i].depth;
+		if (found->list[i].flags == BLK_EXTENT_DATA && found->tells_depth &&
+			!add_until(extents, end, BLK_EXTENT_DATA))
+			break;
 		if (found->list[i].flags == BLK_EXTENT_DATA || start >= end)
 			continue; /* data fills up to the next hole */
 		if (!add_until(extents, start, BLK_EXTENT_DATA) ||
 			!add_until(extents, end, found->list[i].flags))
-			return;
+			break;
 	}
 	if (known_end <= extents->end || found->list[found->count - 1].flags == BLK_EXTENT_DATA)
 		known_end = round_up(found->end, block_size);
 	add_until(extents, known_end, BLK_EXTENT_DATA);
+	extents->depth = own_depth;
 }
 
 static suspends int rounded_extents(
@@ -80,6 +90,8 @@ static suspends int rounded_extents(
 	blk_extents_init(&found, list, ARRAY_LEN(list));
 	found.off = found.end = start;
 	found.limit = end;
+	found.tells_depth = extents->tells_depth;
+	found.depth = extents->depth;
 
 	int ret = blk_op_extents(blk, start, end - start, &found);
 

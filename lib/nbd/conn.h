@@ -62,6 +62,7 @@ struct nbd_request {
 	uint64_t received_ns;    /* the turn in which it came */
 	enum nbd_counter kind;   /* NBD_COUNTERS: was refused */
 	uint64_t off, len;       /* the range */
+	unsigned contexts;       /* of a block status: those wanted */
 	uint8_t *payload;        /* of a read or write, descriptors of a block status; else NULL */
 	uint32_t payload_bytes;  /* what payload was taken for */
 	struct nbd_chunk *chunk; /* where payload lies, or NULL: it is a buffer of its own */
@@ -88,7 +89,7 @@ struct nbd_conn {
 	const struct nbd_limits *limits;
 	bool read_only;
 	enum nbd_form form;
-	bool allocation;             /* the client may ask for block status */
+	unsigned contexts;           /* selected, by id; 0: no block status */
 	struct nbd_latency *latency; /* the export's, for this door */
 	const struct nbd_trace *trace;
 	char *peer;
@@ -171,7 +172,6 @@ suspends int nbd_change(struct blk *blk, const struct nbd_change *change);
 suspends int nbd_read(struct nbd_request *request);
 suspends int nbd_status(struct nbd_request *request);
 #define NBD_STATUS_BUFFER_BYTES (64U << 10)
-#define NBD_ALLOCATION_ID       1U /* of the metadata context */
 
 /* form.c. Each forms a whole reply. */
 void nbd_form_success(struct nbd_request *request); /* without data */
@@ -180,10 +180,14 @@ void nbd_form_error(struct nbd_request *request, struct nbd_refusal refusal, con
 void nbd_form_data(struct nbd_request *request); /* payload is what was read */
 /* In the simple form, the reply that it had, byte for byte; payload as above if that was data. */
 void nbd_form_again(struct nbd_request *request, enum nbd_error error);
-void nbd_form_status(struct nbd_request *request, unsigned descriptor_count);
+/* The descriptors of one metadata context, in the form's own layout. */
+void nbd_form_status(
+	struct nbd_request *request, unsigned context, const void *descriptors, unsigned count);
 /* Part after part of a reply in several chunks: after nbd_fragments_get(), at most NBD_READ_EXTENTS_MAX. */
 void nbd_form_part_data(struct nbd_request *request, uint64_t off, uint32_t len, bool last);
 void nbd_form_part_hole(struct nbd_request *request, uint64_t off, uint32_t len, bool last);
+void nbd_form_part_status(struct nbd_request *request, unsigned context, const void *descriptors,
+	unsigned count, bool last);
 void nbd_form_part_error(struct nbd_request *request, struct nbd_refusal refusal, uint64_t off);
 
 /* reply.c */

@@ -97,7 +97,7 @@ static struct nbd_conn *conn_create(struct nbd_export *export, const struct nbd_
 	conn->id = session->id;
 	conn->read_only = nbd_export_flags(export, session->read_only) & NBD_FLAG_READ_ONLY;
 	conn->form = session->form;
-	conn->allocation = session->allocation;
+	conn->contexts = session->contexts;
 	conn->latency = &export->latency[session->origin];
 	conn->trace = session->trace;
 	conn->since_ns = reactor_now_ns();

@@ -107,6 +107,25 @@ static void add_error(struct nbd_request *request, struct nbd_reply_head *head,
 		add_piece(request, end, (size_t)((uint8_t *)put(end, &off_field, off_bytes) - end));
 }
 
+static void add_status(struct nbd_request *request, struct nbd_reply_head *head, unsigned context,
+	const void *descriptors, unsigned count, bool last)
+{
+	be32 context_field = be32_make(context), count_field = be32_make(count);
+	bool extended = request->conn->form == NBD_EXTENDED;
+	size_t list_bytes = count * (extended ? sizeof(struct nbd_extended_descriptor)
+					      : sizeof(struct nbd_descriptor));
+	size_t fixed_bytes = sizeof(context_field) + (extended ? sizeof(count_field) : 0);
+	uint8_t *end = put_chunk(request, head,
+		extended ? NBD_REPLY_BLOCK_STATUS_EXT : NBD_REPLY_BLOCK_STATUS,
+		fixed_bytes + list_bytes, last);
+
+	end = put(end, &context_field, sizeof(context_field));
+	if (extended)
+		end = put(end, &count_field, sizeof(count_field));
+	add_head(request, head, end);
+	add_piece(request, descriptors, list_bytes);
+}
+
 /* --- whole replies ---------------------------------------------------------------------------- */
 
 static void form_simple(struct nbd_request *request, enum nbd_error error)
@@ -164,25 +183,11 @@ void nbd_form_again(struct nbd_request *request, enum nbd_error error)
 		add_piece(request, request->payload, request->len);
 }
 
-/* The descriptors are in payload. */
-void nbd_form_status(struct nbd_request *request, unsigned descriptor_count)
+void nbd_form_status(
+	struct nbd_request *request, unsigned context, const void *descriptors, unsigned count)
 {
-	be32 context = be32_make(NBD_ALLOCATION_ID), count = be32_make(descriptor_count);
-	struct nbd_reply_head *head = &request->head;
-	bool extended = request->conn->form == NBD_EXTENDED;
-	size_t list_bytes = descriptor_count * (extended ? sizeof(struct nbd_extended_descriptor)
-							 : sizeof(struct nbd_descriptor));
-	size_t fixed_bytes = sizeof(context) + (extended ? sizeof(count) : 0);
-	uint8_t *end = put_chunk(request, head,
-		extended ? NBD_REPLY_BLOCK_STATUS_EXT : NBD_REPLY_BLOCK_STATUS,
-		fixed_bytes + list_bytes, true);
-
-	end = put(end, &context, sizeof(context));
-	if (extended)
-		end = put(end, &count, sizeof(count));
 	begin(request);
-	add_head(request, head, end);
-	add_piece(request, request->payload, list_bytes);
+	add_status(request, &request->head, context, descriptors, count, true);
 }
 
 /* --- replies in parts ------------------------------------------------------------------------- */
@@ -206,6 +211,12 @@ void nbd_form_part_hole(struct nbd_request *request, uint64_t off, uint32_t len,
 	uint8_t *end = put_chunk(request, head, NBD_REPLY_OFFSET_HOLE, sizeof(hole), last);
 
 	add_head(request, head, put(end, &hole, sizeof(hole)));
+}
+
+void nbd_form_part_status(struct nbd_request *request, unsigned context, const void *descriptors,
+	unsigned count, bool last)
+{
+	add_status(request, next_head(request), context, descriptors, count, last);
 }
 
 void nbd_form_part_error(struct nbd_request *request, struct nbd_refusal refusal, uint64_t off)

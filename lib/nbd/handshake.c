@@ -136,9 +136,21 @@ struct nbd_export *nbd_find_export(
 	return NULL;
 }
 
+void nbd_export_enter(struct nbd_export *export)
+{
+	co_group_enter(&export->clients);
+	export->inside++;
+}
+
+void nbd_export_leave(struct nbd_export *export)
+{
+	export->inside--;
+	co_group_leave(&export->clients);
+}
+
 static bool is_full(const struct nbd_export *export)
 {
-	return export->max_clients && export->clients.running >= export->max_clients;
+	return export->max_clients && export->inside >= export->max_clients;
 }
 
 /* What an export is like at this moment, for this client; asked on its home reactor. */
@@ -200,7 +212,7 @@ static suspends int option_export_name(struct nbd_handshake *handshake)
 		return -EPERM;
 	if (handshake->form == NBD_EXTENDED)
 		return -EPROTO; /* not allowed any more: "NBD_OPT_EXTENDED_HEADERS" */
-	co_group_enter(&export->clients);
+	nbd_export_enter(export);
 	struct properties properties = properties_of(handshake, export);
 	struct nbd_export_name_reply answer = {
 		.size = be64_make(properties.size),
@@ -210,7 +222,7 @@ static suspends int option_export_name(struct nbd_handshake *handshake)
 						   : sizeof(answer);
 	int ret = send_all(handshake, &answer, answer_bytes);
 	if (ret) {
-		co_group_leave(&export->clients);
+		nbd_export_leave(export);
 		return ret;
 	}
 	handshake->chosen = export;
@@ -318,6 +330,7 @@ static void reply_infos(
 /* NBD_OPT_INFO and NBD_OPT_GO: the same, but that after a success GO ends the handshake. */
 static suspends int option_info(struct nbd_handshake *handshake)
 {
+	bool goes = handshake->option == NBD_OPT_GO;
 	struct info_request request;
 
 	if (!parse_info_request(handshake, &request)) {
@@ -334,20 +347,23 @@ static suspends int option_info(struct nbd_handshake *handshake)
 		nbd_option_error(handshake, NBD_REP_ERR_TLS_REQD, "this export needs TLS");
 		return NEXT_OPTION;
 	}
-	if (handshake->option == NBD_OPT_GO && is_full(export)) {
+	if (goes && is_full(export)) {
 		nbd_option_error(
 			handshake, NBD_REP_ERR_POLICY, "the export has as many clients as allowed");
 		return NEXT_OPTION;
 	}
+	/* Who only asks takes nobody's place, but keeps the export from going away. */
 	co_group_enter(&export->clients);
+	export->inside += goes;
 	struct properties properties = properties_of(handshake, export);
 	reply_infos(handshake, request.wanted, &properties);
 	nbd_option_ack(handshake);
 	int ret = send_replies(handshake);
-	if (!ret && handshake->option == NBD_OPT_GO) {
+	if (!ret && goes) {
 		handshake->chosen = export;
 		return HANDSHAKE_OVER;
 	}
+	export->inside -= goes;
 	co_group_leave(&export->clients);
 	return ret;
 }

@@ -18,8 +18,9 @@ struct nbd_handshake {
 	uint64_t deadline_ns;
 	bool no_zeroes;
 	enum nbd_form form;
-	char *meta_export; /* the export for which base:allocation is selected, or NULL; malloc()ed */
-	struct nbd_export *chosen; /* counted in chosen->clients */
+	char *meta_export;      /* for which metadata contexts are selected, or NULL; malloc()ed */
+	unsigned meta_contexts; /* those, by id */
+	struct nbd_export *chosen; /* entered */
 
 	/* The option being answered. */
 	uint32_t option, len;
@@ -34,6 +35,10 @@ struct nbd_handshake {
  * rules (-errno).
  */
 suspends int nbd_handshake_run(struct nbd_handshake *handshake);
+
+/* The export gets a client, or loses it. */
+void nbd_export_enter(struct nbd_export *export);
+void nbd_export_leave(struct nbd_export *export);
 
 /* Back to what it was before the first option, but for the flags: what NBD_OPT_STARTTLS asks for. */
 void nbd_negotiation_forget(struct nbd_handshake *handshake);
@@ -55,5 +60,5 @@ struct nbd_export *nbd_find_export(
 /* meta.c: NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT. */
 void nbd_meta_answer(struct nbd_handshake *handshake);
 void nbd_meta_forget(struct nbd_handshake *handshake);
-/* Whether block status can be asked of export. */
-bool nbd_meta_selected(const struct nbd_handshake *handshake, const struct nbd_export *export);
+/* The contexts that block status can be asked for, of export, by id; 0: none. */
+unsigned nbd_meta_selected(const struct nbd_handshake *handshake, const struct nbd_export *export);

@@ -1,8 +1,8 @@
 /*
  * Metadata contexts in the handshake: "Metadata querying", and the two options of that name.
  *
- * There is one, base:allocation. It can be listed by its name, by its namespace ("base:") and by no
- * query at all, and selected by its name alone. Queries we do not know find nothing, which is no error.
+ * There are those in the table below. They can be listed by their names, by their namespaces ("base:") and by no
+ * query at all, and selected by their names alone. Queries we do not know find nothing, which is no error.
  *
  * A selection belongs to an export, which is remembered by name: the export itself may go away before
  * the client chooses it. Every attempt to select, a failed one too, replaces the one before.
@@ -16,15 +16,25 @@
 
 #define QUERIES_MAX 64
 
+static const char *const context_names[NBD_CONTEXT_IDS] = {
+	[NBD_ALLOCATION_ID] = NBD_CONTEXT_ALLOCATION,
+	[NBD_DEPTH_ID] = NBD_CONTEXT_DEPTH,
+};
+
+#define ALL_CONTEXTS (1U << NBD_ALLOCATION_ID | 1U << NBD_DEPTH_ID)
+
 void nbd_meta_forget(struct nbd_handshake *handshake)
 {
 	free(handshake->meta_export);
 	handshake->meta_export = NULL;
+	handshake->meta_contexts = 0;
 }
 
-bool nbd_meta_selected(const struct nbd_handshake *handshake, const struct nbd_export *export)
+unsigned nbd_meta_selected(const struct nbd_handshake *handshake, const struct nbd_export *export)
 {
-	return handshake->meta_export && !strcmp(handshake->meta_export, export->name);
+	bool of_this = handshake->meta_export && !strcmp(handshake->meta_export, export->name);
+
+	return of_this ? handshake->meta_contexts : 0;
 }
 
 /* --- taking the data apart -------------------------------------------------------------------- */
@@ -59,13 +69,29 @@ static bool take_string(struct cursor *cursor, const uint8_t **string, uint32_t 
 	return true;
 }
 
-static bool is(const char *text, const uint8_t *string, uint32_t len_bytes)
+static bool is(const char *text, size_t text_bytes, const uint8_t *string, uint32_t len_bytes)
 {
-	return strlen(text) == len_bytes && !memcmp(text, string, len_bytes);
+	return text_bytes == len_bytes && !memcmp(text, string, len_bytes);
 }
 
-/* Whether one of the queries finds base:allocation. False when their lengths do not add up. */
-static bool read_queries(struct cursor cursor, uint32_t count, bool lists, bool *found)
+/* The contexts that a query finds, by id. */
+static unsigned find_contexts(const uint8_t *query, uint32_t query_bytes, bool lists)
+{
+	unsigned found = 0;
+
+	for (unsigned id = NBD_ALLOCATION_ID; id < NBD_CONTEXT_IDS; id++) {
+		const char *name = context_names[id];
+		size_t namespace_bytes = (size_t)(strchr(name, ':') + 1 - name);
+
+		if (is(name, strlen(name), query, query_bytes) ||
+			(lists && is(name, namespace_bytes, query, query_bytes)))
+			found |= 1U << id;
+	}
+	return found;
+}
+
+/* What all queries find. False when their lengths do not add up. */
+static bool read_queries(struct cursor cursor, uint32_t count, bool lists, unsigned *found)
 {
 	for (uint32_t i = 0; i < count; i++) {
 		const uint8_t *query;
@@ -73,33 +99,29 @@ static bool read_queries(struct cursor cursor, uint32_t count, bool lists, bool 
 
 		if (!take_string(&cursor, &query, &query_bytes))
 			return false;
-		if (is(NBD_CONTEXT_ALLOCATION, query, query_bytes) ||
-			(lists && is("base:", query, query_bytes)))
-			*found = true;
+		*found |= find_contexts(query, query_bytes, lists);
 	}
 	return !cursor.left_bytes;
 }
 
 /* --- answering -------------------------------------------------------------------------------- */
 
-static void reply_context(struct nbd_handshake *handshake, uint32_t id)
-{
-	be32 head = be32_make(id);
-
-	nbd_option_reply(
-		handshake, NBD_REP_META_CONTEXT, &head, sizeof(head), NBD_CONTEXT_ALLOCATION);
-}
-
-static void answer(struct nbd_handshake *handshake, const struct nbd_export *export, bool found)
+static void answer(struct nbd_handshake *handshake, const struct nbd_export *export, unsigned found)
 {
 	bool lists = handshake->option == NBD_OPT_LIST_META_CONTEXT;
 
 	if (found && !lists) {
 		handshake->meta_export = strdup(export->name);
 		handshake->no_memory = handshake->no_memory || !handshake->meta_export;
+		handshake->meta_contexts = found;
 	}
-	if (found)
-		reply_context(handshake, lists ? 0 : NBD_ALLOCATION_ID);
+	for (unsigned id = NBD_ALLOCATION_ID; id < NBD_CONTEXT_IDS; id++) {
+		be32 head = be32_make(lists ? 0 : id);
+
+		if (found >> id & 1)
+			nbd_option_reply(handshake, NBD_REP_META_CONTEXT, &head, sizeof(head),
+				context_names[id]);
+	}
 	nbd_option_ack(handshake);
 }
 
@@ -109,7 +131,7 @@ void nbd_meta_answer(struct nbd_handshake *handshake)
 	struct cursor cursor = { handshake->data, handshake->len };
 	uint32_t name_bytes, count;
 	const uint8_t *name;
-	bool found = false;
+	unsigned found = 0;
 
 	if (!lists)
 		nbd_meta_forget(handshake);
@@ -138,5 +160,5 @@ void nbd_meta_answer(struct nbd_handshake *handshake)
 	else if (nbd_lacks_tls(handshake, export))
 		nbd_option_error(handshake, NBD_REP_ERR_TLS_REQD, "this export needs TLS");
 	else
-		answer(handshake, export, found || (lists && !count));
+		answer(handshake, export, lists && !count ? ALL_CONTEXTS : found);
 }

@@ -243,8 +243,12 @@ struct nbd_extended_descriptor {
 };
 _Static_assert(sizeof(struct nbd_extended_descriptor) == 16, "as on the wire");
 
-/* "base:allocation metadata context": what it says are the flags of struct blk_extent. */
+/*
+ * "base:allocation metadata context": what it says are the flags of struct blk_extent. And one of our own: 0 where
+ * nobody has space for the data, 1 for the disk itself, 2 for its backing image, and so on.
+ */
 #define NBD_CONTEXT_ALLOCATION "base:allocation"
+#define NBD_CONTEXT_DEPTH      "blkstack:allocation-depth"
 #define NBD_STATE_HOLE         (1 << 0)
 #define NBD_STATE_ZERO         (1 << 1)
 

@@ -428,28 +428,44 @@ static uint64_t payload_bytes_of(const struct nbd_conn *conn, const struct nbd_r
 	return has_payload ? request->len : 0;
 }
 
-/*
- * The payload of a block status has the real length, and the contexts wanted: there is only one, and
- * neither none, nor one twice, nor an unknown one is allowed.
- */
+/* The contexts that a payload names, by id; 0 when it does not name selected ones, each once. */
+static unsigned contexts_of(const struct nbd_conn *conn, const uint8_t *ids, size_t ids_bytes)
+{
+	unsigned contexts = 0;
+	be32 field;
+
+	for (; ids_bytes; ids += sizeof(field), ids_bytes -= sizeof(field)) {
+		memcpy(&field, ids, sizeof(field));
+		uint32_t id = be32_get(field);
+		if (id >= NBD_CONTEXT_IDS || !(conn->contexts >> id & 1) || contexts >> id & 1)
+			return 0;
+		contexts |= 1U << id;
+	}
+	return contexts;
+}
+
+/* The payload of a block status has the real length, and which of the contexts selected are wanted. */
 static suspends int receive_status_payload(
 	struct nbd_conn *conn, struct nbd_request *request, struct nbd_refusal *refusal)
 {
 	struct nbd_status_payload payload;
-	be32 context;
+	uint64_t payload_bytes = request->len;
+	uint64_t ids_bytes = payload_bytes - sizeof(payload);
 
 	*refusal = (struct nbd_refusal){ NBD_EINVAL,
 		"the payload does not name each metadata context wanted once" };
-	if (request->len != sizeof(payload) + sizeof(context))
-		return skip_payload(conn, request->len);
-	int ret = need(conn, request->len);
+	if (payload_bytes < sizeof(payload) || ids_bytes % sizeof(be32) ||
+		ids_bytes > NBD_CONTEXTS_MAX * sizeof(be32))
+		return skip_payload(conn, payload_bytes);
+	int ret = need(conn, payload_bytes);
 	if (ret)
 		return ret;
 	memcpy(&payload, place_of(conn, conn->pos), sizeof(payload));
-	memcpy(&context, place_of(conn, conn->pos) + sizeof(payload), sizeof(context));
-	conn->pos += request->len;
+	request->contexts = contexts_of(
+		conn, place_of(conn, conn->pos) + sizeof(payload), ids_bytes);
+	conn->pos += payload_bytes;
 	request->len = be64_get(payload.len);
-	if (be32_get(context) == NBD_ALLOCATION_ID)
+	if (request->contexts)
 		*refusal = nbd_request_check(conn, request);
 	return 0;
 }
@@ -477,6 +493,7 @@ static suspends int receive_request(struct nbd_conn *conn)
 	/* The rest comes with the slot. */
 	memset(&request, 0, offsetof(struct nbd_request, pieces));
 	request.conn = conn;
+	request.contexts = conn->contexts;
 	int ret = receive_header(conn, &request);
 
 	if (ret)

@@ -87,7 +87,7 @@ static struct nbd_refusal check_flags(const struct nbd_conn *conn,
 	if (request->type == NBD_CMD_WRITE && conn->form == NBD_EXTENDED &&
 		!(request->flags & NBD_CMD_FLAG_PAYLOAD_LEN))
 		return refusal(NBD_EINVAL, "a write without its payload length flag");
-	if (request->type == NBD_CMD_BLOCK_STATUS && !conn->allocation)
+	if (request->type == NBD_CMD_BLOCK_STATUS && !conn->contexts)
 		return refusal(NBD_EINVAL, "no metadata context was selected for block status");
 	return refusal(NBD_SUCCESS, NULL);
 }

@@ -142,7 +142,7 @@ static suspends int handshake(struct nbd_server *server, const struct nbd_visito
 		list_remove(&handshake->link);
 		*chosen = handshake->chosen;
 		session->form = handshake->form;
-		session->allocation = *chosen && nbd_meta_selected(handshake, *chosen);
+		session->contexts = *chosen ? nbd_meta_selected(handshake, *chosen) : 0;
 		session->tls = *chosen ? stream_take_tls(&handshake->stream) : NULL;
 		if (*chosen)
 			session->fd = stream_release(&handshake->stream);
@@ -178,7 +178,7 @@ suspends int nbd_client(struct nbd_server *server, int fd, const struct nbd_visi
 		call.export = export;
 		co_call_on(export->home, serve, &call);
 		ret = call.ret;
-		co_group_leave(&export->clients);
+		nbd_export_leave(export);
 	}
 	co_group_leave(&server->clients);
 	return ret;

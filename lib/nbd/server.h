@@ -115,11 +115,13 @@ struct nbd_export {
 	struct reactor *home; /* blk's; transmission runs there */
 	bool read_only;       /* whatever blk allows */
 	bool tls_required;    /* clients without TLS are told that they need it */
-	unsigned max_clients; /* nbd_client() at once; 0: any number */
+	unsigned max_clients; /* inside at once; 0: any number */
 
 	/* On the server's reactor. */
-	struct list link;        /* in nbd_server.exports */
-	struct co_group clients; /* nbd_client() calls that have chosen this export */
+	struct list link; /* in nbd_server.exports */
+	struct co_group
+		clients; /* who needs it to stay: nbd_client() calls that look at it or chose it */
+	unsigned inside; /* those that chose it */
 
 	/* On the home reactor. */
 	struct list conns; /* of struct nbd_conn */
@@ -163,6 +165,10 @@ enum nbd_form {
 	NBD_EXTENDED,   /* NBD_OPT_EXTENDED_HEADERS: and 64-bit lengths both ways */
 };
 
+/* Metadata contexts by their ids. */
+enum { NBD_ALLOCATION_ID = 1, NBD_DEPTH_ID = 2, NBD_CONTEXT_IDS };
+#define NBD_CONTEXTS_MAX 2
+
 /* A connection on its way into transmission. */
 struct nbd_session {
 	int fd; /* connected; nbd_serve() takes it over */
@@ -174,7 +180,8 @@ struct nbd_session {
 	enum nbd_origin origin;
 	const struct nbd_trace *trace; /* outlives the connection; NULL: none */
 	enum nbd_form form;
-	bool allocation; /* the metadata context base:allocation was selected */
+	unsigned
+		contexts; /* the metadata contexts that were selected: bit n for the one with id n */
 
 	/*
 	 * A connection that outlives this process (journal.h): number `connection` of the journal, which

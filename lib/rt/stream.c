@@ -140,7 +140,7 @@ suspends ssize_t stream_recv(
 {
 	if (stream->filled) {
 		stream->filled = false;
-		co_yield ();
+		co_yield_turn();
 	}
 	for (;;) {
 		if (stream->cancelled || stream->reading_cancelled)

@@ -35,7 +35,8 @@ static suspends void set_rules(void *arg)
 
 static struct chunk_client client_of(enum nbd_form form)
 {
-	return chunk_connect(&rig, (struct nbd_session){ .form = form, .allocation = true });
+	return chunk_connect(
+		&rig, (struct nbd_session){ .form = form, .contexts = 1U << NBD_ALLOCATION_ID });
 }
 
 static const enum nbd_form forms[] = { NBD_STRUCTURED, NBD_EXTENDED };
@@ -241,7 +242,7 @@ struct status {
 };
 
 /* The descriptors of a successful reply that has just been asked for. */
-static struct status status_reply(struct chunk_client *client)
+static struct status status_reply_of(struct chunk_client *client, unsigned context, bool last)
 {
 	static struct chunk chunk;
 	static struct status status;
@@ -252,10 +253,10 @@ static struct status status_reply(struct chunk_client *client)
 	ck_assert(!chunk.simple);
 	ck_assert_uint_eq(
 		chunk.type, extended ? NBD_REPLY_BLOCK_STATUS_EXT : NBD_REPLY_BLOCK_STATUS);
-	ck_assert_uint_eq(chunk.flags, NBD_REPLY_FLAG_DONE);
+	ck_assert_uint_eq(chunk.flags, last ? NBD_REPLY_FLAG_DONE : 0);
 	ck_assert_uint_gt(chunk.len, fixed);
 	ck_assert_uint_eq((chunk.len - fixed) % each, 0);
-	ck_assert_uint_eq(get32(chunk.payload), NBD_ALLOCATION_ID);
+	ck_assert_uint_eq(get32(chunk.payload), context);
 	status.count = (unsigned)((chunk.len - fixed) / each);
 	ck_assert_uint_le(status.count, ARRAY_LEN(status.len));
 	if (extended)
@@ -268,6 +269,11 @@ static struct status status_reply(struct chunk_client *client)
 		ck_assert_uint_gt(status.len[i], 0);
 	}
 	return status;
+}
+
+static struct status status_reply(struct chunk_client *client)
+{
+	return status_reply_of(client, NBD_ALLOCATION_ID, true);
 }
 
 static struct status status_of(
@@ -301,6 +307,41 @@ START_TEST(test_block_status)
 	status = status_of(&client, 0, 2 << 20, UINT32_MAX);
 	ck_assert_uint_eq(status.count, 1);
 	ck_assert_uint_eq(status.len[0], UINT32_MAX);
+	chunk_disconnect(&client);
+}
+END_TEST
+
+/* Two contexts: a chunk each, for the same range; and each alone. */
+START_TEST(test_two_contexts)
+{
+	struct chunk_client client = chunk_connect(
+		&rig, (struct nbd_session){ .form = forms[_i],
+			      .contexts = 1U << NBD_ALLOCATION_ID | 1U << NBD_DEPTH_ID });
+
+	chunk_write(&client, 1 << 20, out, 64 << 10);
+	for (unsigned round = 0; round < 2; round++) {
+		uint16_t flags = round ? NBD_CMD_FLAG_REQ_ONE : 0;
+
+		chunk_request(&client, NBD_CMD_BLOCK_STATUS, flags, 0, 4 << 20);
+		struct status allocation = status_reply_of(&client, NBD_ALLOCATION_ID, false);
+		struct status depth = status_reply_of(&client, NBD_DEPTH_ID, true);
+		ck_assert_uint_eq(allocation.count, round ? 1 : 3);
+		ck_assert_uint_eq(depth.count, allocation.count);
+		for (unsigned i = 0; i < depth.count; i++) {
+			ck_assert_uint_eq(depth.len[i], allocation.len[i]);
+			ck_assert_uint_eq(allocation.flags[i], i == 1 ? 0 : HOLE);
+			ck_assert_uint_eq(depth.flags[i], i == 1);
+		}
+	}
+	ck_assert_uint_eq(chunk_command(&client, NBD_CMD_BLOCK_STATUS, 0, RIG_FIRST_SIZE, 1, NULL),
+		NBD_EINVAL);
+	chunk_expect_alive(&client);
+	chunk_disconnect(&client);
+
+	client = chunk_connect(
+		&rig, (struct nbd_session){ .form = forms[_i], .contexts = 1U << NBD_DEPTH_ID });
+	chunk_request(&client, NBD_CMD_BLOCK_STATUS, 0, 0, 4 << 20);
+	ck_assert_uint_eq(status_reply_of(&client, NBD_DEPTH_ID, true).count, 3);
 	chunk_disconnect(&client);
 }
 END_TEST
@@ -411,6 +452,47 @@ START_TEST(test_status_payload)
 }
 END_TEST
 
+/* Which contexts are wanted of those selected: one, the other, both in any order; not one twice. */
+START_TEST(test_status_payload_of_two)
+{
+	static const struct {
+		unsigned count;
+		uint32_t ids[3];
+	} wrong[] = { { 0, {} }, { 2, { 1, 1 } }, { 2, { 2, 2 } }, { 3, { 1, 2, 1 } }, { 1, { 0 } },
+		{ 1, { 3 } }, { 1, { 32 } }, { 1, { 33 } }, { 1, { UINT32_MAX } },
+		{ 2, { 1, 3 } } };
+	struct {
+		be64 len;
+		be32 ids[3];
+	} payload = { .len = be64_make(4096) };
+	struct chunk_client client = chunk_connect(
+		&rig, (struct nbd_session){ .form = NBD_EXTENDED,
+			      .contexts = 1U << NBD_ALLOCATION_ID | 1U << NBD_DEPTH_ID });
+
+	for (unsigned which = 0; which < 4; which++) {
+		payload.ids[0] = be32_make(which & 1 ? NBD_DEPTH_ID : NBD_ALLOCATION_ID);
+		payload.ids[1] = be32_make(which & 1 ? NBD_ALLOCATION_ID : NBD_DEPTH_ID);
+		uint32_t len = which & 2 ? 16 : 12;
+		chunk_request(&client, NBD_CMD_BLOCK_STATUS, NBD_CMD_FLAG_PAYLOAD_LEN, 0, len);
+		client.off = 0;
+		rig_send(client.fd, &payload, len);
+		if (which & 2 || !(which & 1))
+			status_reply_of(&client, NBD_ALLOCATION_ID, !(which & 2));
+		if (which & 2 || which & 1)
+			status_reply_of(&client, NBD_DEPTH_ID, true);
+	}
+	for (size_t i = 0; i < ARRAY_LEN(wrong); i++) {
+		for (unsigned j = 0; j < 3; j++)
+			payload.ids[j] = be32_make(wrong[i].ids[j]);
+		ck_assert_uint_eq(chunk_command(&client, NBD_CMD_BLOCK_STATUS, 0, 0,
+					  8 + 4 * wrong[i].count, &payload),
+			NBD_EINVAL);
+	}
+	chunk_expect_alive(&client);
+	chunk_disconnect(&client);
+}
+END_TEST
+
 /* Whoever has no use for a payload throws it away; a write needs one. */
 START_TEST(test_payload_flag)
 {
@@ -462,11 +544,13 @@ static void fill(TCase *tcase)
 	tcase_add_loop_test(tcase, test_failing_disk, 0, 2);
 	tcase_add_loop_test(tcase, test_cache, 0, 2);
 	tcase_add_loop_test(tcase, test_block_status, 0, 2);
+	tcase_add_loop_test(tcase, test_two_contexts, 0, 2);
 	tcase_add_loop_test(tcase, test_block_status_many, 0, 2);
 	tcase_add_loop_test(tcase, test_block_status_refused, 0, 2);
 	tcase_add_loop_test(tcase, test_wrong_form, 0, 2);
 	tcase_add_test(tcase, test_beyond_32_bits);
 	tcase_add_test(tcase, test_status_payload);
+	tcase_add_test(tcase, test_status_payload_of_two);
 	tcase_add_test(tcase, test_payload_flag);
 }
 

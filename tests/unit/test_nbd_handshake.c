@@ -315,6 +315,10 @@ START_TEST(test_export_is_full)
 
 	rig_option(outside, NBD_OPT_GO, data, rig_info_data(data, "first", infos, 0));
 	expect_error(outside, NBD_OPT_GO, NBD_REP_ERR_POLICY);
+	/* To ask is allowed all the same. */
+	rig_option(outside, NBD_OPT_INFO, data, rig_info_data(data, "first", infos, 0));
+	expect_info_export(outside, NBD_OPT_INFO, RIG_SIZE, FLAGS_WRITABLE);
+	ck_assert_uint_eq(rig_option_reply(outside, NBD_OPT_INFO, NULL, 0, NULL), NBD_REP_ACK);
 	rig_expect_alive(inside);
 	rig_disconnect(inside);
 

@@ -281,7 +281,7 @@ static void abuse(struct seed *seed)
 {
 	struct nbd_session session = {
 		.form = (enum nbd_form)seed_below(seed, 3),
-		.allocation = seed_below(seed, 2),
+		.contexts = (unsigned)seed_below(seed, 4) << NBD_ALLOCATION_ID,
 		.read_only = true, /* what is written takes memory, too */
 	};
 	uint8_t noise[512];

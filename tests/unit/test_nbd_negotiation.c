@@ -68,21 +68,35 @@ static void send_meta(int fd, uint32_t option, const char *export, const char *c
 	rig_option(fd, option, data, (uint32_t)(end - data));
 }
 
-/* The option finds, or does not find, base:allocation; no error. */
-static bool finds(int fd, uint32_t option, const char *export, const char *const *queries)
+#define ALLOCATION (1U << NBD_ALLOCATION_ID)
+#define DEPTH      (1U << NBD_DEPTH_ID)
+
+/* The contexts that the option finds, by id; no error. */
+static unsigned finds(int fd, uint32_t option, const char *export, const char *const *queries)
 {
-	char context[4 + sizeof(NBD_CONTEXT_ALLOCATION)] = "";
-	uint32_t len;
+	static const char *const names[] = { [NBD_ALLOCATION_ID] = "base:allocation",
+		[NBD_DEPTH_ID] = "blkstack:allocation-depth" };
+	unsigned found = 0;
+	uint32_t type, len;
 
 	send_meta(fd, option, export, queries);
-	uint32_t type = rig_option_reply(fd, option, context, sizeof(context), &len);
-	if (type == NBD_REP_ACK)
-		return false;
-	ck_assert_uint_eq(type, NBD_REP_META_CONTEXT);
-	ck_assert_uint_eq(len, 4 + strlen(NBD_CONTEXT_ALLOCATION));
-	ck_assert_str_eq(context + 4, NBD_CONTEXT_ALLOCATION);
-	ck_assert_uint_eq(reply_type(fd, option), NBD_REP_ACK);
-	return true;
+	for (;;) {
+		char context[64] = "";
+		be32 id;
+
+		type = rig_option_reply(fd, option, context, sizeof(context) - 1, &len);
+		if (type == NBD_REP_ACK)
+			return found;
+		ck_assert_uint_eq(type, NBD_REP_META_CONTEXT);
+		unsigned known = !strcmp(context + 4, names[NBD_DEPTH_ID]) ? NBD_DEPTH_ID
+									   : NBD_ALLOCATION_ID;
+		ck_assert_str_eq(context + 4, names[known]);
+		ck_assert_uint_eq(len, 4 + strlen(names[known]));
+		memcpy(&id, context, sizeof(id));
+		ck_assert_uint_eq(be32_get(id), option == NBD_OPT_SET_META_CONTEXT ? known : 0);
+		ck_assert(!(found >> known & 1));
+		found |= 1U << known;
+	}
 }
 
 static const char *const allocation[] = { NBD_CONTEXT_ALLOCATION, NULL };
@@ -220,25 +234,31 @@ START_TEST(test_meta_queries)
 {
 	static const struct {
 		const char *queries[4];
-		bool listed, selected;
+		unsigned listed, selected;
 	} cases[] = {
-		{ { NULL }, true, false },
-		{ { "base:" }, true, false },
-		{ { "base:allocation" }, true, true },
-		{ { "x:y", "base:allocation", "base:allocation" }, true, true },
-		{ { "base:allocatio" }, false, false },
-		{ { "base:allocation2" }, false, false },
-		{ { "base" }, false, false },
-		{ { "" }, false, false },
-		{ { "qemu:allocation-depth", "blkstack:" }, false, false },
+		{ { NULL }, ALLOCATION | DEPTH, 0 },
+		{ { "base:" }, ALLOCATION, 0 },
+		{ { "base:allocation" }, ALLOCATION, ALLOCATION },
+		{ { "x:y", "base:allocation", "base:allocation" }, ALLOCATION, ALLOCATION },
+		{ { "base:allocatio" }, 0, 0 },
+		{ { "base:allocation2" }, 0, 0 },
+		{ { "base" }, 0, 0 },
+		{ { "" }, 0, 0 },
+		{ { "qemu:allocation-depth", "blkstack:" }, DEPTH, 0 },
+		{ { "blkstack:allocation-depth" }, DEPTH, DEPTH },
+		{ { "blkstack:allocation-depth", "base:allocation" }, ALLOCATION | DEPTH,
+			ALLOCATION | DEPTH },
+		{ { "base:", "blkstack:" }, ALLOCATION | DEPTH, 0 },
+		{ { "blkstack" }, 0, 0 },
+		{ { "blkstack:allocation" }, 0, 0 },
 	};
 	int fd = greeted();
 
 	ck_assert_uint_eq(ask(fd, NBD_OPT_STRUCTURED_REPLY), NBD_REP_ACK);
 	for (size_t i = 0; i < ARRAY_LEN(cases); i++) {
-		ck_assert_int_eq(finds(fd, NBD_OPT_LIST_META_CONTEXT, "", cases[i].queries),
+		ck_assert_uint_eq(finds(fd, NBD_OPT_LIST_META_CONTEXT, "", cases[i].queries),
 			cases[i].listed);
-		ck_assert_int_eq(finds(fd, NBD_OPT_SET_META_CONTEXT, "second", cases[i].queries),
+		ck_assert_uint_eq(finds(fd, NBD_OPT_SET_META_CONTEXT, "second", cases[i].queries),
 			cases[i].selected);
 	}
 	send_meta(fd, NBD_OPT_LIST_META_CONTEXT, "third", allocation);

@@ -376,7 +376,9 @@ static suspends bool add_hole(
 	if (inside) {
 		uint64_t end = extents->end;
 
+		extents->depth++;
 		*ret = blk_extents(q->backing, off, inside, extents);
+		extents->depth--;
 		if (*ret || extents->end != end + inside)
 			return false;
 	}
