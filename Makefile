@@ -122,6 +122,8 @@ $(FUZZERS): $O/%: $O/%.o $O/libblkstack.a
 	$(call say,LD,$@)
 	$Q$(CC) $(ALL_CFLAGS) -fsanitize=fuzzer $(LDFLAGS) -o $@ $(filter %.o,$^) $(filter %.a,$^) $(LDLIBS)
 
+$O/tests/fuzz/nbd_tls: LDLIBS += -lgnutls
+
 # make BUILD=fuzz fuzz: every fuzzer for FUZZ_S seconds; what it finds is left in the build folder.
 FUZZ_S ?= 60
 fuzz: $(FUZZERS)

@@ -54,8 +54,7 @@ static json_t *export_summary(const struct export *export)
 		"description", export->config->description, "size",
 		(json_int_t)atomic_load(&export->size), "block_size",
 		(json_int_t) export->block_size, "read_only", export->read_only, "layers",
-		json_incref(export->layers), "device", device, "clients",
-		(int)export->nbd.inside);
+		json_incref(export->layers), "device", device, "clients", (int)export->nbd.inside);
 }
 
 suspends void control_list(struct varlink_call *call)

@@ -1,14 +1,21 @@
 /*
- * Replays the fuzzer's inputs: what once broke the NBD server, or leads deep into it.
+ * Replays the fuzzer's inputs: what once broke the NBD server, or leads deep into it. test_nbd_tls_corpus.c does
+ * it for those of the fuzzer through TLS.
  */
+#ifndef CORPUS
+#define CORPUS "nbd"
+#include "../fuzz/nbd.c"
+#endif
+
 #include <check.h>
 #include <dirent.h>
 #include <limits.h>
 #include <stdio.h>
+#include <unistd.h>
 
-#include "../fuzz/nbd.c"
+#include "testing.h"
 
-/* tests/fuzz/corpus/nbd in the source tree, from BUILD_DIR/tests/unit/PROGRAM. */
+/* tests/fuzz/corpus/... in the source tree, from BUILD_DIR/tests/unit/PROGRAM. */
 static void corpus_path(char *path)
 {
 	char program[PATH_MAX];
@@ -18,7 +25,7 @@ static void corpus_path(char *path)
 	program[len] = '\0';
 	for (int i = 0; i < 4; i++)
 		*strrchr(program, '/') = '\0';
-	snprintf(path, PATH_MAX, "%s/tests/fuzz/corpus/nbd", program);
+	snprintf(path, PATH_MAX, "%s/tests/fuzz/corpus/" CORPUS, program);
 }
 
 static void replay(const char *path)
@@ -55,18 +62,12 @@ START_TEST(test_corpus)
 }
 END_TEST
 
+static void fill(TCase *tcase)
+{
+	tcase_add_test(tcase, test_corpus);
+}
+
 int main(void)
 {
-	Suite *suite = suite_create("nbd corpus");
-	TCase *tcase = tcase_create("corpus");
-
-	tcase_set_timeout(tcase, 120);
-	tcase_add_test(tcase, test_corpus);
-	suite_add_tcase(suite, tcase);
-
-	SRunner *runner = srunner_create(suite);
-	srunner_run_all(runner, CK_NORMAL);
-	int failed = srunner_ntests_failed(runner);
-	srunner_free(runner);
-	return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+	return test_run_suite(CORPUS " corpus", fill);
 }
