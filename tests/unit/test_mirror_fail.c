@@ -356,6 +356,35 @@ suspends CO_TEST(test_no_promotion_of_what_owes_answers)
 	test_stack_close(&stack);
 }
 
+/* Steps of the copy that waited for the promotion must not go on: the secondary is a disk in use then. */
+suspends CO_TEST(test_forced_promotion_ends_the_copy)
+{
+	struct fault_rules slow = { .delay_ops = FAULT_WRITE, .delay_us = 20000 };
+	struct test_stack stack;
+	struct err err;
+
+	test_stack_open(&stack, STACK, "paused = true;");
+
+	struct mirror *mirror = mirror_of(&stack);
+
+	fill_leg(mirror->primary, 0, 2 << 20, 'o');
+	fill_leg(mirror->secondary, 0, 2 << 20, 'n');
+	fault_set(fault_find(mirror->secondary), &slow);
+	mirror->step_max = 65536;
+	mirror_resume(&mirror->blk);
+	while (!mirror->copied_bytes)
+		mirror_wait_change(&mirror->blk, reactor_now_ns() + NS_PER_MS);
+	ck_assert_int_eq(promote(&mirror->blk, true, false, &err), 0);
+
+	uint64_t copied = mirror->copied_bytes;
+
+	ck_assert_uint_lt(copied, 1 << 20);
+	mirror_unlink(&mirror->blk, &stack.top);
+	stack_close(&mirror->blk);
+	ck_assert(leg_holds(stack.top, 1 << 20, 1 << 20, 'n'));
+	test_stack_close(&stack);
+}
+
 static suspends void read_once(void *arg)
 {
 	struct mirror *mirror = arg;
@@ -438,6 +467,7 @@ int main(void)
 	tcase_add_test(tcase, test_cancel_while_the_secondary_hangs);
 	tcase_add_test(tcase, test_close_while_the_secondary_hangs);
 	tcase_add_test(tcase, test_no_promotion_of_what_owes_answers);
+	tcase_add_test(tcase, test_forced_promotion_ends_the_copy);
 	tcase_add_test(tcase, test_read_across_a_promotion);
 	tcase_add_test(tcase, test_fallback_does_not_read_what_was_lost);
 	suite_add_tcase(suite, tcase);

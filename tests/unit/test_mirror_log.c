@@ -266,6 +266,30 @@ suspends CO_TEST(test_damaged_log)
 	leave_scratch();
 }
 
+/* Of a disk that ends in the midst of a chunk. */
+suspends CO_TEST(test_short_last_chunk)
+{
+	struct test_stack stack;
+
+	go_to_scratch();
+	for (int i = 0; i < 2; i++) {
+		test_stack_open(&stack,
+			"( { layer = 'mirror'; overwrite = true; paused = %s; intent-log = 'log';"
+			"    secondary = ( { layer = 'file'; path = 'b'; create = true; size = "
+			"2097664 } ) },"
+			"  { layer = 'file'; path = 'a'; create = true; size = 2097664 } )",
+			i ? "false" : "true");
+
+		struct mirror *mirror = mirror_of(&stack);
+
+		ck_assert_uint_eq(mirror_bytes_dirty(&mirror->blk), 2097664);
+		if (i)
+			wait_phase(mirror, MIRROR_IN_SYNC);
+		test_stack_close(&stack);
+	}
+	leave_scratch();
+}
+
 suspends CO_TEST(test_other_disks_log)
 {
 	struct test_stack stack;
@@ -388,6 +412,7 @@ int main(void)
 	tcase_add_test(tcase, test_crashes_while_guests_write);
 	tcase_add_test(tcase, test_copy_resumes_where_it_was);
 	tcase_add_test(tcase, test_damaged_log);
+	tcase_add_test(tcase, test_short_last_chunk);
 	tcase_add_test(tcase, test_other_disks_log);
 	tcase_add_test(tcase, test_promoted_and_cancelled);
 	tcase_add_test(tcase, test_settling_during_a_write);

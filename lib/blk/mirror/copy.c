@@ -167,11 +167,17 @@ static suspends int copy_range(struct mirror *mirror, const struct step *step)
 /* The range is locked as long as it takes, failed or not. */
 static suspends int copy_step(struct mirror *mirror, const struct step *step)
 {
-	unsigned degradations = mirror->degradations;
 	struct range range;
+	unsigned degradations;
 	int ret;
 
 	range_lock_acquire(&mirror->writes, &range, step->off, step->len, true);
+	/* The mirror may have ended while it waited (then it may be the secondary that serves), or been resized. */
+	if (mirror->phase == MIRROR_DETACHED || step->off + step->len > mirror->blk.caps.size) {
+		range_lock_release(&mirror->writes, &range);
+		return 0;
+	}
+	degradations = mirror->degradations;
 	mirror_recent_mark(mirror, step->off, step->len);
 	ret = copy_range(mirror, step);
 	/* A secondary that failed meanwhile may have lost what it was given. */

@@ -21,29 +21,49 @@
 
 #include "blk/mirror/mirror_private.h"
 
+int mirror_map_create(
+	const struct mirror *mirror, uint64_t size, struct mirror_map *map, struct err *err)
+{
+	/* A secondary that is not there yet may have any block size. */
+	uint32_t secondary_block = mirror->secondary ? mirror->secondary->caps.block_size
+						     : BLK_BLOCK_SIZE_MAX;
+	uint64_t chunk_size = MAX(mirror->chunk_size, (uint64_t)mirror->primary->caps.block_size);
+
+	*map = (struct mirror_map){ .chunk_size = MAX(chunk_size, (uint64_t)secondary_block) };
+	while (size / map->chunk_size > MIRROR_CHUNKS_MAX)
+		map->chunk_size *= 2;
+	if (map->chunk_size > MIRROR_CHUNK_MAX)
+		return err_set(err, EFBIG, "the disk is too large to be mirrored");
+	map->chunk_count = (size + map->chunk_size - 1) / map->chunk_size;
+	map->region_size = MAX((uint64_t)MIRROR_REGION_MIN, map->chunk_size);
+	while (size / map->region_size >= MIRROR_REGIONS_MAX)
+		map->region_size *= 2;
+	map->region_count = (size + map->region_size - 1) / map->region_size;
+	map->dirty = calloc(bitmap_words(map->chunk_count) + 1, sizeof(*map->dirty));
+	return map->dirty ? 0
+			  : err_set(err, ENOMEM, "no memory for a bitmap of %llu chunks",
+				    (unsigned long long)map->chunk_count);
+}
+
+static void take_map(struct mirror *mirror, const struct mirror_map *map)
+{
+	free(mirror->dirty);
+	mirror->dirty = map->dirty;
+	mirror->dirty_count = 0;
+	mirror->chunk_size = map->chunk_size;
+	mirror->chunk_count = map->chunk_count;
+	mirror->region_size = map->region_size;
+	mirror->region_count = map->region_count;
+}
+
 int mirror_dirty_init(struct mirror *mirror, struct err *err)
 {
-	uint64_t size = mirror->blk.caps.size;
+	struct mirror_map map;
+	int ret = mirror_map_create(mirror, mirror->blk.caps.size, &map, err);
 
-	mirror->chunk_size = MAX(mirror->chunk_size, (uint64_t)mirror->primary->caps.block_size);
-	/* A secondary that is not there yet may have any block size. */
-	mirror->chunk_size = MAX(mirror->chunk_size,
-		(uint64_t)(mirror->secondary ? mirror->secondary->caps.block_size
-					     : BLK_BLOCK_SIZE_MAX));
-	while (size / mirror->chunk_size > MIRROR_CHUNKS_MAX)
-		mirror->chunk_size *= 2;
-	if (mirror->chunk_size > MIRROR_CHUNK_MAX)
-		return err_set(err, EFBIG, "the disk is too large to be mirrored");
-	mirror->chunk_count = (size + mirror->chunk_size - 1) / mirror->chunk_size;
-	mirror->region_size = MAX((uint64_t)MIRROR_REGION_MIN, mirror->chunk_size);
-	while (size / mirror->region_size >= MIRROR_REGIONS_MAX)
-		mirror->region_size *= 2;
-	mirror->region_count = (size + mirror->region_size - 1) / mirror->region_size;
-	mirror->dirty = calloc(bitmap_words(mirror->chunk_count) + 1, sizeof(*mirror->dirty));
-	if (!mirror->dirty)
-		return err_set(err, ENOMEM, "no memory for a bitmap of %llu chunks",
-			(unsigned long long)mirror->chunk_count);
-	return 0;
+	if (!ret)
+		take_map(mirror, &map);
+	return ret;
 }
 
 /* The units of unit_size that [off, off + len) touches. len is not 0. */
@@ -118,7 +138,8 @@ bool mirror_dirty_any(const struct mirror *mirror, uint64_t off, uint64_t len)
 
 bool mirror_dirty_next(const struct mirror *mirror, uint64_t off, uint64_t *start, uint64_t *len)
 {
-	uint64_t first = off / mirror->chunk_size;
+	/* Rounded up, for behind a short last chunk there is none. */
+	uint64_t first = (off + mirror->chunk_size - 1) / mirror->chunk_size;
 
 	if (!mirror->dirty_count || first >= mirror->chunk_count)
 		return false;
@@ -181,6 +202,38 @@ void mirror_regions_needed(const struct mirror *mirror, uint64_t *regions)
 		units_touched(mirror->region_size, start, len, &first, &count);
 		bitmap_set(regions, first, count);
 	}
+}
+
+/* --- another size ----------------------------------------------------------------------------- */
+
+/* What was recent in a region stays so in the one that has it now, or in all where that is not easily told. */
+static void convert_recent(struct mirror *mirror, const struct mirror_map *map)
+{
+	for (size_t i = 0; i < MIRROR_REGION_WORDS; i++)
+		mirror->recent[i] |= mirror->settling[i];
+	memset(mirror->settling, 0, sizeof(mirror->settling));
+	if (map->region_size != mirror->region_size)
+		bitmap_set(mirror->recent, 0, map->region_count);
+	else if (map->region_count < mirror->region_count)
+		bitmap_clear(mirror->recent, map->region_count,
+			mirror->region_count - map->region_count);
+}
+
+void mirror_map_replace(struct mirror *mirror, uint64_t size, const struct mirror_map *map)
+{
+	uint64_t start, len, first, count, dirty_count = 0;
+
+	for (uint64_t off = 0; mirror_dirty_next(mirror, off, &start, &len); off = start + len) {
+		if (start >= size)
+			break;
+		units_touched(map->chunk_size, start, MIN(len, size - start), &first, &count);
+		bitmap_set(map->dirty, first, count);
+	}
+	for (uint64_t i = 0; i < bitmap_words(map->chunk_count); i++)
+		dirty_count += (uint64_t)__builtin_popcountll(map->dirty[i]);
+	convert_recent(mirror, map);
+	take_map(mirror, map);
+	mirror->dirty_count = dirty_count;
 }
 
 /* --- settling --------------------------------------------------------------------------------- */

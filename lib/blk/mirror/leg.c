@@ -61,6 +61,8 @@ static suspends int op_carry_out(struct leg_op *op)
 	case LEG_EXTENTS:
 		blk_extents_init(&op->extents, op->list, ARRAY_LEN(op->list));
 		return blk_extents(disk, op->off, op->len, &op->extents);
+	case LEG_RESIZE:
+		return blk_resize(disk, op->len, op->flags, &op->leg->resize_err);
 	case LEG_FLUSH:
 		break;
 	}

@@ -267,22 +267,12 @@ static suspends int mirror_extents(
 	return blk_extents(mirror_main_leg(to_mirror(blk)), off, len, extents);
 }
 
-static suspends int mirror_resize(struct blk *blk, uint64_t size, unsigned flags, struct err *err)
-{
-	struct mirror *mirror = to_mirror(blk);
-
-	if (mirror->phase != MIRROR_DETACHED)
-		return err_set(err, EBUSY,
-			"a mirrored disk has a fixed size; end the mirror first (mirror cancel)");
-	return blk_resize(mirror_main_leg(mirror), size, flags, err);
-}
-
 /* Somebody else changed the size of a leg: they are not two of a kind any more. */
 static void mirror_child_resized(struct blk *blk, struct blk *child)
 {
 	struct mirror *mirror = to_mirror(blk);
 
-	if (child != mirror->primary && child != mirror->secondary)
+	if (mirror->resizing || (child != mirror->primary && child != mirror->secondary))
 		return;
 	if (mirror->phase != MIRROR_DETACHED) {
 		snprintf(mirror->note, sizeof(mirror->note),

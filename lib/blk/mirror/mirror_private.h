@@ -8,6 +8,7 @@
  *	copy.c		the copy in the background: pace, passes, retries
  *	log.c		the write-intent log
  *	live.c		pause, promote, cancel, compare
+ *	resize.c	both legs become longer or shorter
  *	status.c	what status tells
  *	describe.c	a configuration that says how things are now
  */
@@ -47,7 +48,7 @@ struct mirror;
 
 /* --- requests to the secondary ---------------------------------------------------------------- */
 
-enum leg_kind { LEG_READ, LEG_WRITE, LEG_ZERO, LEG_DISCARD, LEG_FLUSH, LEG_EXTENTS };
+enum leg_kind { LEG_READ, LEG_WRITE, LEG_ZERO, LEG_DISCARD, LEG_FLUSH, LEG_EXTENTS, LEG_RESIZE };
 
 /*
  * One request. It has its own copy of the data, so that whoever asked need not wait for it to the bitter end:
@@ -80,7 +81,8 @@ struct leg {
 	struct co_group running; /* given up ones as well */
 	uint64_t bytes;          /* that they hold */
 	unsigned given_up_count;
-	bool hurried; /* nobody waits for an answer any more */
+	struct err resize_err; /* of the one LEG_RESIZE there is */
+	bool hurried;          /* nobody waits for an answer any more */
 };
 
 /* NULL when there is no memory. */
@@ -156,6 +158,7 @@ struct mirror {
 	enum mirror_phase phase;
 	bool promoted; /* detached, and the secondary serves */
 	bool closing;
+	bool resizing;            /* by ourselves */
 	bool leg_lost;            /* the secondary had failed when the mirror ended */
 	struct range_lock writes; /* guests' changes and copy steps, exclusive */
 	char note[224];           /* why it copies what it copies */
@@ -238,6 +241,14 @@ bool mirror_conf_nests(const struct conf *stack);
 
 /* dirty.c */
 int mirror_dirty_init(struct mirror *mirror, struct err *err);
+/* For another size, in two steps: the first may fail, the second changes the maps. */
+struct mirror_map {
+	uint64_t *dirty;
+	uint64_t chunk_size, chunk_count, region_size, region_count;
+};
+int mirror_map_create(
+	const struct mirror *mirror, uint64_t size, struct mirror_map *map, struct err *err);
+void mirror_map_replace(struct mirror *mirror, uint64_t size, const struct mirror_map *map);
 void mirror_dirty_set(struct mirror *mirror, uint64_t off, uint64_t len);
 void mirror_dirty_clear(struct mirror *mirror, uint64_t off, uint64_t len);
 bool mirror_dirty_all(const struct mirror *mirror, uint64_t off, uint64_t len);
@@ -270,6 +281,9 @@ suspends void mirror_log_relax(struct mirror *mirror);  /* takes back what is no
 suspends int mirror_log_turn(struct mirror *mirror);
 /* The mirror ends: a restart with the same roles must not trust the log, or not run at all (promoted). */
 suspends int mirror_log_end(struct mirror *mirror, bool promoted);
+
+/* resize.c */
+suspends int mirror_resize(struct blk *blk, uint64_t size, unsigned flags, struct err *err);
 
 /* describe.c */
 struct conf *mirror_describe(const struct blk *blk);
