@@ -1,5 +1,5 @@
 /*
- * The methods of the control socket that change the whole: Reload, Add, Remove; see reload.h, which does the work.
+ * The methods of the control socket that change the whole: Reload, Add, Remove, Upgrade; see reload.h, which does the work.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -76,4 +76,15 @@ suspends void control_remove(struct varlink_call *call)
 		force ? "forced removal" : "removed");
 	log_change(call, what, ret, &err);
 	control_answer(call, ret, &err, NULL);
+}
+
+suspends void control_upgrade(struct varlink_call *call)
+{
+	struct err err;
+	int ret = daemon_hand_over(control_daemon(call), varlink_bool(call, "force", false), &err);
+
+	if (ret != -EALREADY)
+		log_change(call, "upgrade", ret, &err);
+	control_answer(call, ret == -EALREADY ? 0 : ret, &err,
+		json_pack("{s:b}", "begun", ret != -EALREADY));
 }

@@ -417,6 +417,13 @@ static const struct varlink_method methods[] = {
 				{},
 			},
 		.fn = control_remove },
+	{ "Upgrade", .needs_authority = true,
+		.params =
+			(const struct varlink_param[]){
+				{ "force", VARLINK_BOOL, .optional = true },
+				{},
+			},
+		.fn = control_upgrade },
 	{ "Shutdown", .needs_authority = true, .fn = shut_down },
 	{},
 };

@@ -70,6 +70,7 @@ suspends void control_apply_snapshot(struct varlink_call *call);
 suspends void control_delete_snapshot(struct varlink_call *call);
 
 /* Changes of the whole; in control-reload.c. */
+suspends void control_upgrade(struct varlink_call *call);
 suspends void control_reload(struct varlink_call *call);
 suspends void control_add(struct varlink_call *call);
 suspends void control_remove(struct varlink_call *call);

@@ -131,6 +131,37 @@ suspends int daemon_meet_keeper(struct daemon *daemon, struct err *err)
 	return kernel_find_kept(link, &daemon->kept_doors, err);
 }
 
+/* --- handing over ----------------------------------------------------------------------------- */
+
+suspends int daemon_hand_over(struct daemon *daemon, bool force, struct err *err)
+{
+	struct keeper_message message = { .force = force };
+
+	if (!daemon->keeper)
+		return err_set(err, EOPNOTSUPP,
+			"there is no keeper to hold sockets and devices meanwhile (keeper = true "
+			"in the config): restart the service instead");
+	int ret = daemon_begin_change(daemon, err);
+	if (ret)
+		return ret;
+	ret = keeper_call(daemon->keeper, KEEPER_UPGRADE, &message, -1, NULL, err);
+	if (!ret) {
+		daemon->parking = true;
+		daemon_stop(daemon);
+	}
+	daemon_end_change(daemon);
+	return ret;
+}
+
+void daemon_leave_listeners(struct daemon *daemon)
+{
+	struct listener *listener = control_listener(daemon->control);
+
+	listener_leave_file(listener);
+	for (size_t i = 0; (listener = nbd_door_listener(daemon->nbd_door, i)); i++)
+		listener_leave_file(listener);
+}
+
 /* --- taking over ------------------------------------------------------------------------------ */
 
 bool daemon_recovers(const struct daemon *daemon)
@@ -168,6 +199,8 @@ suspends void daemon_drop_strangers(struct daemon *daemon)
 
 suspends void daemon_drop_kept(struct daemon *daemon)
 {
+	while (daemon->parking && !list_empty(&daemon->kept_doors))
+		kernel_leave(kernel_kept_door(daemon->kept_doors.next));
 	while (!list_empty(&daemon->kept_doors))
 		drop(daemon->kept_doors.next,
 			"its export could not be opened until the daemon stopped");

@@ -276,7 +276,10 @@ static suspends void stop(struct daemon *daemon)
 	struct co_group group;
 
 	daemon->stopping = true;
-	keeper_tell(daemon->keeper, KEEPER_STOPPING, "Finishing requests in flight");
+	if (daemon->parking)
+		keeper_tell(daemon->keeper, KEEPER_STATUS, "Handing over to another server");
+	else
+		keeper_tell(daemon->keeper, KEEPER_STOPPING, "Finishing requests in flight");
 	daemon->stop_deadline_ns = reactor_now_ns() + daemon_stop_timeout_ns(daemon);
 	timer_arm(&daemon->stop_late, daemon->stop_deadline_ns + NS_PER_SEC);
 	nbd_door_stop(daemon->nbd_door);
@@ -300,6 +303,10 @@ static suspends void stop(struct daemon *daemon)
 	co_group_wait(&group);
 	co_group_wait(&daemon->recovering);
 	daemon_drop_kept(daemon);
+	if (daemon->parking) {
+		daemon_leave_listeners(daemon);
+		keeper_tell(daemon->keeper, KEEPER_PARKED, "%s", "");
+	}
 	nbd_door_close(daemon->nbd_door);
 	daemon->nbd_door = NULL;
 	timer_cancel(&daemon->stop_late);

@@ -52,7 +52,8 @@ struct daemon {
 
 	struct watch signals; /* a signalfd */
 	bool stopping;
-	bool ready;                  /* once everything was started */
+	bool parking; /* stopping, and a successor takes over what the keeper holds */
+	bool ready;   /* once everything was started */
 	struct co_queue stop_wanted; /* where daemon_run() waits */
 	struct timer stop_late;      /* what is stuck at the end gets named, then given up */
 	uint64_t stop_deadline_ns;
@@ -79,6 +80,8 @@ void daemon_tell_status(const struct daemon *daemon);
 
 /* In daemon-keeper.c. Says hello to the keeper, and looks at what it holds. */
 suspends int daemon_meet_keeper(struct daemon *daemon, struct err *err);
+/* The files of sockets stay, since a successor listens on them. */
+void daemon_leave_listeners(struct daemon *daemon);
 /* Whether a server before this one served already: then one export's error is not the end of all. */
 bool daemon_recovers(const struct daemon *daemon);
 /* Tries again and again to start an export that did not, for the reason in err. */
@@ -90,6 +93,12 @@ suspends void daemon_drop_strangers(struct daemon *daemon);
 suspends void daemon_drop_kept(struct daemon *daemon);
 /* The listening sockets that there are now are kept for a successor; harmless without a keeper. */
 suspends void daemon_keep_listeners(struct daemon *daemon);
+
+/*
+ * Hands over to another server, of the program that is installed now: with a keeper only. Returns when that is
+ * certain to begin. -EALREADY: not force, and the same program is installed.
+ */
+suspends int daemon_hand_over(struct daemon *daemon, bool force, struct err *err);
 
 /* Asks for the end; returns at once. Harmless when asked already. Main reactor. */
 void daemon_stop(struct daemon *daemon);

@@ -418,7 +418,7 @@ static suspends void detach_for_good(struct export *export)
 {
 	struct err err;
 
-	if (!export->kernel || !detach(export, false, &err))
+	if (export->daemon->parking || !export->kernel || !detach(export, false, &err))
 		return;
 	log_error("export \"%s\": %s; detaching it all the same, since the daemon stops",
 		export->config->name, err.text);
@@ -559,7 +559,9 @@ suspends void export_stop(struct export *export, uint64_t grace_ns)
 	detach_for_good(export);
 	nbd_withdraw(&export->nbd, grace_ns);
 	/* Nobody serves it now: what did not let itself be detached is let go. */
-	if (export->kernel)
+	if (export->kernel && export->daemon->parking)
+		kernel_leave(take_ptr(export->kernel));
+	else if (export->kernel)
 		kernel_abandon(take_ptr(export->kernel));
 	co_mutex_unlock(&export->change);
 	export->drained = true;

@@ -35,8 +35,9 @@ enum keeper_word {
 	KEEPER_USERS,   /* an error says who uses it */
 	KEEPER_RELEASE, /* force */
 	KEEPER_FREE,
-	KEEPER_FORGET,  /* all listening sockets but those of the service manager */
-	KEEPER_KEEP,    /* a listening socket: the next server gets it too */
+	KEEPER_FORGET, /* all listening sockets but those of the service manager */
+	KEEPER_KEEP,   /* a listening socket: the next server gets it too */
+	/* force: also if it is the one that runs (else -EALREADY). */
 	KEEPER_UPGRADE, /* start the program that is installed now when this server has ended */
 
 	/* Said by the server, not answered. */

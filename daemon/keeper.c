@@ -28,6 +28,7 @@
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -220,6 +221,9 @@ static void server_ended(struct life *life, int status)
 		return finish(life, WIFEXITED(status) ? WEXITSTATUS(status) : EXIT_FAILURE);
 	}
 	if (life->phase == PARKED) {
+		log_info("keeper: the server has handed over; starting the next one");
+		snprintf(life->last_end, sizeof(life->last_end), "handed over");
+		life->restarts++;
 		life->start_at_ns = now_ns();
 		return;
 	}
@@ -282,16 +286,36 @@ static void hello(struct life *life, const struct keeper_message *request)
 	keeper_say(&life->keeper, KEEPER_ANSWER, &answer, NULL, 0);
 }
 
+/* -1 with errno. */
+static int open_installed(const struct life *life, bool force)
+{
+	int program = open(life->path, O_PATH | O_CLOEXEC);
+	struct stat installed, running;
+	int code = 0;
+
+	if (program < 0)
+		return -1;
+	if (faccessat(program, "", X_OK, AT_EMPTY_PATH | AT_EACCESS) ||
+		fstat(program, &installed) || fstat(life->program, &running))
+		code = errno;
+	else if (!force && installed.st_dev == running.st_dev && installed.st_ino == running.st_ino)
+		code = EALREADY;
+	if (!code)
+		return program;
+	close(program);
+	errno = code;
+	return -1;
+}
+
 static void prepare_upgrade(struct life *life, const struct keeper_message *request)
 {
 	struct keeper_message answer = { .id = request->id };
-	int program = open(life->path, O_PATH | O_CLOEXEC);
+	int program = open_installed(life, request->force);
 
-	if (program < 0 || faccessat(program, "", X_OK, AT_EMPTY_PATH | AT_EACCESS)) {
+	if (program < 0) {
 		answer.ret = -errno;
-		snprintf(answer.text, sizeof(answer.text), "%s: %s", life->path, strerror(errno));
-		if (program >= 0)
-			close(program);
+		snprintf(answer.text, sizeof(answer.text), "%s: %s", life->path,
+			errno == EALREADY ? "this program runs already" : strerror(errno));
 	} else {
 		if (life->upgrade >= 0)
 			close(life->upgrade);

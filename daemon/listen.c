@@ -559,18 +559,18 @@ void listener_stop(struct listener *listener)
 	listener->watching = false;
 }
 
-void listener_leave(struct listener *listener)
+void listener_leave_file(struct listener *listener)
 {
-	if (listener->fd >= 0)
-		close(listener->fd);
-	listener->fd = -1;
 	free(listener->path);
 	listener->path = NULL;
 }
 
 void listener_close(struct listener *listener)
 {
+	if (listener->fd >= 0)
+		close(listener->fd);
+	listener->fd = -1;
 	if (is_ours(listener))
 		unlink(listener->path);
-	listener_leave(listener);
+	listener_leave_file(listener);
 }

@@ -72,7 +72,7 @@ int listener_set_access(
 	struct listener *listener, const struct listen_access *access, struct err *err);
 /* Accepts no more; harmless when not started. */
 void listener_stop(struct listener *listener);
-/* Closes a stopped listener and leaves its file, for a successor that has the same socket. */
-void listener_leave(struct listener *listener);
+/* From now on the file stays when it is closed, for a successor that has the same socket. */
+void listener_leave_file(struct listener *listener);
 /* Closes a stopped listener and removes its file, unless somebody put another one there. */
 void listener_close(struct listener *listener);

@@ -4,7 +4,7 @@
 _blkstackctl() {
 	local word=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD - 1]}
 	local commands="list status resize flush discard attach detach mirror compact check snapshot"
-	commands+=" latency clients disconnect debug reload add remove shutdown call doctor version"
+	commands+=" latency clients disconnect debug reload add remove upgrade shutdown call doctor version"
 	local socket=() operands=() i
 
 	# What stands on the line already: the command, its operands, and another socket.
@@ -30,7 +30,7 @@ _blkstackctl() {
 	if [[ $word == -* ]]; then
 		candidates="--socket --json --help"
 		case ${operands[0]:-} in
-		resize | discard | detach | remove) candidates+=" --force" ;;
+		resize | discard | detach | remove | upgrade) candidates+=" --force" ;;
 		reload) candidates+=" --dry-run" ;;
 		add) candidates+=" --config-snippet" ;;
 		mirror)
@@ -67,7 +67,7 @@ _blkstackctl() {
 			candidates+=" MirrorStart MirrorStatus MirrorWait MirrorPause MirrorResume MirrorRate"
 			candidates+=" MirrorCancel MirrorPromote MirrorForget MirrorVerify"
 			candidates+=" Compact CancelCompact Check Snapshots CreateSnapshot ApplySnapshot"
-			candidates+=" DeleteSnapshot Reload Add Remove"
+			candidates+=" DeleteSnapshot Reload Add Remove Upgrade"
 			;;
 		esac
 	elif ((${#operands[@]} == 2)) && [[ ${operands[0]} == @(mirror|snapshot) ]]; then

@@ -412,6 +412,14 @@ const struct ctl_command ctl_commands[] = {
 		"that is. With --force they get errors. A reload brings it back if the config file "
 		"has it.\n",
 		ctl_remove },
+	{ "upgrade", "", 0, 0, CTL_FORCE, "hand over to the program that is installed now",
+		"Kernel devices and sockets stay; NBD clients are disconnected and can connect "
+		"again "
+		"at once.\n"
+		"If the new program does not work the old one comes back. --force: also to the "
+		"same "
+		"program.\n",
+		ctl_upgrade },
 	{ "shutdown", "", 0, 0, 0, "end the daemon, and wait until it has ended", NULL,
 		run_shutdown },
 	{ "call", "METHOD [JSON]", 1, 2, CTL_MORE, "call any method of the control interface",

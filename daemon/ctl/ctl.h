@@ -125,6 +125,7 @@ void ctl_close(struct ctl *ctl);
 /* --- qcow.c ------------------------------------------------------------------------------------- */
 
 enum ctl_exit ctl_reload(struct ctl *ctl, const char **operands, int operand_count);
+enum ctl_exit ctl_upgrade(struct ctl *ctl, const char **operands, int operand_count);
 enum ctl_exit ctl_add(struct ctl *ctl, const char **operands, int operand_count);
 enum ctl_exit ctl_remove(struct ctl *ctl, const char **operands, int operand_count);
 enum ctl_exit ctl_compact(struct ctl *ctl, const char **operands, int operand_count);

@@ -1,5 +1,5 @@
 /*
- * The commands "reload", "add" and "remove".
+ * The commands "reload", "add", "remove" and "upgrade".
  *
  * What to add is read here and sent as a text, so that a file is read with the rights of who asks; only its
  * name goes along, for the places of errors.
@@ -8,12 +8,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "base/cleanup.h"
 #include "base/units.h"
 #include "daemon/ctl/ctl.h"
 
+#define UPGRADE_TRIES     50         /* a call waits in the socket until somebody serves */
 #define SNIPPET_MAX_BYTES (30 << 10) /* doubled by escapes it still fits into a call */
 
 static const char *text_of(const json_t *object, const char *key)
@@ -121,4 +123,57 @@ enum ctl_exit ctl_remove(struct ctl *ctl, const char **operands, int operand_cou
 {
 	return ctl_call_quietly(
 		ctl, "Remove", json_pack("{s:s, s:b}", "export", operands[0], "force", ctl->force));
+}
+
+/* --- upgrade ---------------------------------------------------------------------------------- */
+
+/* The new server is there when another process answers. */
+static enum ctl_exit wait_for_successor(struct ctl *ctl, json_int_t old_pid, json_t **info)
+{
+	const struct timespec pause = { .tv_nsec = 20000000 };
+	enum ctl_exit status;
+
+	for (int try = 0; try < UPGRADE_TRIES; try++) {
+		ctl_close(ctl);
+		nanosleep(&pause, NULL);
+		/* The old one may have taken the connection and leave without a word. */
+		status = ctl_call(ctl, "Info", NULL, info);
+		if (!status && json_integer_value(json_object_get(*info, "server_pid")) != old_pid)
+			return CTL_OK;
+		json_decref(*info);
+		*info = NULL;
+	}
+	return ctl_fail(CTL_FAILED, "no other server answers yet; see the log of blkstackd");
+}
+
+enum ctl_exit ctl_upgrade(struct ctl *ctl, const char **operands, int operand_count)
+{
+	json_t *info, *reply;
+	enum ctl_exit status = ctl_call(ctl, "Info", NULL, &info);
+
+	if (status)
+		return status;
+	json_int_t old_pid = json_integer_value(json_object_get(info, "server_pid"));
+	json_decref(info);
+	status = ctl_call(ctl, "Upgrade", json_pack("{s:b}", "force", ctl->force), &reply);
+	if (status)
+		return status;
+	bool begun = json_is_true(json_object_get(reply, "begun"));
+	json_decref(reply);
+	if (!begun) {
+		puts("the program that is installed runs already (--force hands over all the "
+		     "same)");
+		return CTL_OK;
+	}
+	status = wait_for_successor(ctl, old_pid, &info);
+	if (status)
+		return status;
+	const char *end = text_of(info, "last_end");
+	if (!strncmp(end, "upgrade failed", strlen("upgrade failed")))
+		status = ctl_fail(CTL_FAILED, "%s", end);
+	else
+		printf("blkstackd %s serves (pid %lld)\n", text_of(info, "version"),
+			(long long)json_integer_value(json_object_get(info, "server_pid")));
+	json_decref(info);
+	return status;
 }

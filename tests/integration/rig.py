@@ -34,11 +34,12 @@ def config(exports, folder='.', **settings):
 class Daemon:
     """blkstackd, from ready to gone: `with Daemon(path) as daemon`."""
 
-    def __init__(self, path, *args, wrapper=(), env=None, ready='is ready'):
+    def __init__(self, path, *args, wrapper=(), env=None, ready='is ready',
+                 program=f'{BUILD}/blkstackd'):
         self.log_path = f'{path}.log'
         with open(self.log_path, 'w', encoding='utf-8') as log:
             self.process = subprocess.Popen(
-                [*wrapper, f'{BUILD}/blkstackd', '--config', path, *args], stderr=log,
+                [*wrapper, program, '--config', path, *args], stderr=log,
                 stdin=subprocess.DEVNULL, env={**os.environ, **(env or {})})
         if ready:
             self.wait_for_log(ready)
