@@ -147,6 +147,10 @@ check-vm: all $(HELPERS)
 	$Qscripts/deps vm
 	$Qtests/kernel/check-vm $O $(VM)
 
+# The unit under a real systemd, from boot to shutdown; minutes, and not in CI.
+check-systemd: all
+	$Qtests/kernel/systemd $O
+
 # BENCH="--rounds 1 --only randread" passes options; tests/bench/README.md has them.
 bench: all $(BENCHES)
 	$Qtests/bench/bench --build $O $(BENCH)
@@ -175,11 +179,11 @@ install: all
 	$Qinstall -m 755 $O/blkstackd $(DESTDIR)$(SBINDIR)/
 	$Qfor program in $(filter-out %/blkstackd,$(PROGRAMS)); do \
 		install -m 755 $$program $(DESTDIR)$(BINDIR)/ || exit; done
-	$Qinstall -m 644 conf/*.conf $(DESTDIR)$(SHAREDIR)/examples/
+	$Qinstall -m 644 conf/*.conf systemd/examples/* $(DESTDIR)$(SHAREDIR)/examples/
 	$Qfor page in $(MAN_PAGES); do \
 		install -D -m 644 $$page $(DESTDIR)$(MANDIR)/man$${page##*.}/$${page##*/} || exit; done
 	$Qfor unit in $(SYSTEM_UNITS); do \
-		sed 's|/usr/local/sbin/|$(SBINDIR)/|; s|/etc/blkstack/|$(SYSCONFDIR)/blkstack/|' $$unit \
+		sed 's|/usr/local/sbin/|$(SBINDIR)/|; s|/usr/local/bin/|$(BINDIR)/|; s|/etc/blkstack/|$(SYSCONFDIR)/blkstack/|' $$unit \
 			> $(DESTDIR)$(UNITDIR)/$${unit##*/} || exit; done
 	$Qinstall -D -m 644 daemon/ctl/blkstackctl.bash $(DESTDIR)$(COMPLETIONDIR)/blkstackctl
 	$Qinstall -m 644 systemd/blkstack.tmpfiles $(DESTDIR)$(LIBDIR_SYSTEM)/tmpfiles.d/blkstack.conf
@@ -188,6 +192,6 @@ install: all
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -4
 
-.PHONY: all check check-rt check-kernel check-vm bench fuzz units lint format install clean help
+.PHONY: all check check-rt check-kernel check-systemd check-vm bench fuzz units lint format install clean help
 .SECONDARY:
 -include $(shell find $O -name '*.d' 2>/dev/null)
