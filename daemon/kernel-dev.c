@@ -24,6 +24,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <time.h>
@@ -644,6 +645,20 @@ static int write_back(const struct kernel_dev *dev)
 	return first_error;
 }
 
+/*
+ * udev looks at a device when it was written to or unmounted, and would find it dead half-way, for the kernel to log
+ * as I/O errors. It leaves a locked one alone (systemd's "Locking Block Device Access"). Best effort.
+ */
+static void keep_udev_away(int exclusive)
+{
+	for (unsigned waited_ms = 0; waited_ms < OPENERS_TIMEOUT_MS;
+		waited_ms += OPENERS_TIMEOUT_MS / 10) {
+		if (exclusive < 0 || !flock(exclusive, LOCK_EX | LOCK_NB))
+			return;
+		kernel_dev_sleep_ms(OPENERS_TIMEOUT_MS / 10);
+	}
+}
+
 int kernel_dev_release(struct kernel_dev *dev, bool force, struct err *err)
 {
 	char path[KERNEL_NAME_LEN + 8];
@@ -658,6 +673,7 @@ int kernel_dev_release(struct kernel_dev *dev, bool force, struct err *err)
 	ret = force ? 0 : check_unused(dev, exclusive, err);
 	if (ret)
 		return err_wrap(err, "%s is in use", path);
+	keep_udev_away(exclusive);
 	ret = write_back(dev);
 	if (ret && !force)
 		return err_sys(
