@@ -7,6 +7,7 @@
  */
 #include <inttypes.h>
 
+#include "daemon/kernel-dev.h"
 #include "daemon/config.h"
 
 #define STEP_COLUMNS 3 /* the width of "└─ " */
@@ -75,7 +76,8 @@ static void print_export(const struct config_export *export, FILE *out)
 {
 	fprintf(out, "\n%s", export->name);
 	if (*export->device)
-		fprintf(out, "  device %s", export->device);
+		fprintf(out, "  device %s%s", export->device,
+			export->device_mode == KERNEL_DEV_NETLINK ? " by netlink" : "");
 	if (export->read_only)
 		fputs("  read-only", out);
 	if (*export->description)

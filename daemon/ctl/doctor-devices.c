@@ -1,12 +1,13 @@
 /*
  * What doctor says of the NBD devices of this machine; see doctor.h.
  *
- * A device that is connected has an attribute `pid`: the thread that attached it. blkstackd attaches by ioctl,
- * where that thread lives as long as the device: when it is gone the device is dead, though somebody who has it
- * open keeps it from going away. Other programs may attach by netlink and end, all being well; so of a device that
- * was not blkstackd's, a process that is gone proves nothing, and the finding says so. What was blkstackd's is
- * known by the file it leaves for udev in /run/blkstack/devices. That file outlives a daemon that is killed, so a
- * device that another program attached later by netlink looks dead until the daemon has used that device again.
+ * A device that is connected has an attribute `pid`: the thread that attached it. By ioctl that thread lives as long
+ * as the device: when it is gone the device is dead, though somebody who has it open keeps it from going away.
+ * By netlink it may end, all being well: of a device that was not blkstackd's, a process that is gone proves nothing,
+ * and the finding says so. What is blkstackd's by netlink is known by its identifier, `backend`; who keeps a device
+ * now, and which thread attached it, by its lock (daemon/kernel-lock.h). The file for udev in /run/blkstack/devices,
+ * which has the export's name, outlives a daemon that is killed, so it counts only if that thread is still
+ * the device's.
  *
  * Devices are not opened: that alone makes the kernel read a dead one again. Numbers of processes are those of
  * this machine; inside a container they may mean somebody else, or nobody.
@@ -19,7 +20,10 @@
 #include "base/cleanup.h"
 #include "base/units.h"
 #include "daemon/ctl/doctor.h"
+#include "daemon/kernel-lock.h"
 #include "daemon/kernel-users.h"
+
+#define OUR_IDENTIFIER "blkstack:" /* and the name of the export */
 
 #define SECTOR_BYTES 512 /* the unit of sysfs' size, whatever the device's blocks are */
 
@@ -29,6 +33,9 @@ struct device {
 	long pid;                           /* 0: not connected */
 	char process[32];                   /* its name; "": it is gone */
 	char owner[256];                    /* the export that blkstackd attached there; "": none */
+	char identifier[128];               /* of whoever attached it by netlink; "": none */
+	long keeper;                        /* the blkstackd that keeps it now; 0: none */
+	long attacher;                      /* the thread of blkstackd's last attach; 0: unknown */
 };
 
 static bool read_number(const struct doctor *doctor, unsigned index, const char *attr, uint64_t *n)
@@ -37,6 +44,28 @@ static bool read_number(const struct doctor *doctor, unsigned index, const char 
 
 	snprintf(path, sizeof(path), "/sys/block/nbd%u/%s", index, attr);
 	return doctor_read(doctor, path, text, sizeof(text)) && sscanf(text, "%" SCNu64, n) == 1;
+}
+
+/* Of another root than this machine's a lock is held when its process lives. */
+static void read_lock(const struct doctor *doctor, struct device *device)
+{
+	char path[64], text[64], process[32] = "";
+	struct kernel_lock_note note;
+
+	if (!*doctor->root) {
+		snprintf(path, sizeof(path), "nbd%u", device->index);
+		device->keeper = kernel_lock_holder(path, &note);
+		device->attacher = note.attacher;
+		return;
+	}
+	snprintf(path, sizeof(path), "/run/blkstack/lock/nbd%u", device->index);
+	if (!doctor_read(doctor, path, text, sizeof(text)) ||
+		sscanf(text, "%ld %*u %ld", &device->keeper, &device->attacher) != 2)
+		return;
+	snprintf(path, sizeof(path), "/proc/%ld/status", device->keeper);
+	doctor_field(doctor, path, "Name", process, sizeof(process));
+	if (strcmp(process, "blkstackd") != 0)
+		device->keeper = 0;
 }
 
 static void read_device(const struct doctor *doctor, unsigned index, struct device *device)
@@ -57,6 +86,9 @@ static void read_device(const struct doctor *doctor, unsigned index, struct devi
 		doctor_field(doctor, path, "Name", device->process, sizeof(device->process));
 	snprintf(path, sizeof(path), "/run/blkstack/devices/nbd%u", index);
 	doctor_field(doctor, path, "BLKSTACK_EXPORT", device->owner, sizeof(device->owner));
+	snprintf(path, sizeof(path), "/sys/block/nbd%u/backend", index);
+	doctor_read(doctor, path, device->identifier, sizeof(device->identifier));
+	read_lock(doctor, device);
 }
 
 /* "; mounted on /srv, open by fio (4711)", or nothing when nobody is found. */
@@ -95,6 +127,42 @@ static void report_dead(struct doctor *doctor, const struct device *device)
 			device->index, size, users);
 }
 
+/* By netlink, and nobody of ours lives: its requests wait. */
+static void report_waiting(struct doctor *doctor, const struct device *device)
+{
+	const char *export = device->identifier + strlen(OUR_IDENTIFIER);
+	char remedy[512], size[UNITS_SIZE_TEXT_LEN], users[600];
+
+	snprintf(remedy, sizeof(remedy),
+		"Start blkstackd with an export \"%.64s\": it takes the device up again, and what "
+		"waits goes "
+		"on.\n"
+		"To give it up: end its users (fuser -vm /dev/nbd%u), unmount it, then nbd-client "
+		"-d "
+		"/dev/nbd%u",
+		export, device->index, device->index);
+	users_text(doctor, device->index, users);
+	doctor_find(doctor, DOCTOR_PROBLEM, "devices", remedy,
+		"nbd%u waits for a blkstackd: the one that served export \"%s\" on it is gone "
+		"(%s); "
+		"its "
+		"requests fail when device-dead-timeout is over%s",
+		device->index, export, units_format_size(device->size_bytes, size), users);
+}
+
+static void report_stale_name(struct doctor *doctor, const struct device *device, const char *state)
+{
+	char remedy[128];
+
+	snprintf(remedy, sizeof(remedy),
+		"rm /run/blkstack/devices/nbd%u && udevadm trigger --action=change /dev/nbd%u",
+		device->index, device->index);
+	doctor_find(doctor, DOCTOR_NOTE, "devices", remedy,
+		"nbd%u is %s, but udev was told that it is export \"%s\", by a blkstackd that was "
+		"killed",
+		device->index, state, device->owner);
+}
+
 static void report_foreign(struct doctor *doctor, const struct device *device)
 {
 	char remedy[256], size[UNITS_SIZE_TEXT_LEN], users[600];
@@ -126,38 +194,35 @@ static void report_healthy(struct doctor *doctor, const struct device *device)
 	doctor_find(doctor, DOCTOR_OK, "devices", "",
 		"nbd%u: export \"%s\", %s, by blkstackd (%ld)", device->index,
 		*device->owner ? device->owner : "?", units_format_size(device->size_bytes, size),
-		device->pid);
+		device->keeper > 0 ? device->keeper : device->pid);
 }
 
 /* Findings of one device; true when it is free. */
 static bool check_device(struct doctor *doctor, const struct device *device)
 {
-	bool served_by_us = !strcmp(device->process, "blkstackd");
-	char remedy[128];
+	bool served_by_us = device->keeper || !strcmp(device->process, "blkstackd");
+	bool ours_by_netlink = !strncmp(device->identifier, OUR_IDENTIFIER, strlen(OUR_IDENTIFIER));
+	bool attached_since = device->attacher && device->attacher != device->pid;
 
-	if (served_by_us)
+	if (device->pid && served_by_us) {
 		report_healthy(doctor, device);
-	else if (device->pid && (*device->process || !*device->owner))
+	} else if (device->pid && ours_by_netlink) {
+		report_waiting(doctor, device);
+	} else if (device->pid && (*device->process || !*device->owner || attached_since)) {
 		report_foreign(doctor, device);
-	else if (device->pid || device->size_bytes)
+		if (*device->owner)
+			report_stale_name(doctor, device, "somebody else's");
+	} else if (device->pid || device->size_bytes) {
 		report_dead(doctor, device);
-	else if (device->reads || device->writes)
+	} else if (device->reads || device->writes) {
 		doctor_find(doctor, DOCTOR_PROBLEM, "devices",
 			"Wait some seconds and look again. If they stay only a reboot helps: use "
 			"another device.",
 			"nbd%u is not attached, but %" PRIu64 " requests on it have not ended",
 			device->index, device->reads + device->writes);
-	else if (*device->owner) {
-		snprintf(remedy, sizeof(remedy),
-			"rm /run/blkstack/devices/nbd%u && udevadm trigger --action=change "
-			"/dev/nbd%u",
-			device->index, device->index);
-		doctor_find(doctor, DOCTOR_NOTE, "devices", remedy,
-			"nbd%u is free, but udev was told that it is export \"%s\", by a blkstackd "
-			"that was killed",
-			device->index, device->owner);
-		return true;
 	} else {
+		if (*device->owner)
+			report_stale_name(doctor, device, "free");
 		return true;
 	}
 	return false;

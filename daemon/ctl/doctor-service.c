@@ -32,7 +32,7 @@
 
 /* --- the config ------------------------------------------------------------------------------- */
 
-/* Takes what `blkstackd --check` printed apart: the sockets, and whether an export has a device. */
+/* Takes what `blkstackd --check` printed apart: the sockets, and what devices the exports have. */
 static void read_check_output(struct doctor *doctor, char *output)
 {
 	doctor->listen = json_array();
@@ -46,8 +46,10 @@ static void read_check_output(struct doctor *doctor, char *output)
 		else if (!strncmp(line, "listen   ", 9))
 			json_array_append_new(
 				doctor->listen, json_stringn(line + 9, strcspn(line + 9, " ")));
-		else if (name_len && !strncmp(line + name_len, "  device ", 9))
+		else if (name_len && !strncmp(line + name_len, "  device ", 9)) {
 			doctor->wants_no_device = false;
+			doctor->wants_netlink |= !!strstr(line + name_len, " by netlink");
+		}
 	}
 }
 

@@ -30,11 +30,22 @@ static const struct {
 	const char *missing;
 } features[] = {
 	{ 5, 1, "io_uring: files are read and written by threads, more slowly" },
+	{ 5, 14, "identifiers of NBD devices: by ioctl, kernel devices die with the daemon" },
 	{ 5, 6,
 		"PR_SET_IO_FLUSHER: a daemon that serves this machine's own disks may block when "
 		"memory is short" },
 	{ 5, 6, "openat2: backing files that an image names cannot be opened" },
 };
+
+static void check_netlink(struct doctor *doctor, const char *release, int major, int minor)
+{
+	if (!doctor->wants_netlink || major > 5 || (major == 5 && minor >= 14))
+		return;
+	doctor_find(doctor, DOCTOR_PROBLEM, "kernel",
+		"Use Linux 5.14 or newer, or device-mode = \"auto\", which takes what there is.",
+		"the config demands device-mode = \"netlink\", for which Linux %s is too old",
+		release);
+}
 
 void doctor_check_kernel(struct doctor *doctor)
 {
@@ -56,6 +67,7 @@ void doctor_check_kernel(struct doctor *doctor)
 		doctor_find(doctor, DOCTOR_NOTE, "kernel", "Use Linux 6.1 or newer.",
 			"Linux %s has no %s", release, features[i].missing);
 	}
+	check_netlink(doctor, release, major, minor);
 	if (complete)
 		doctor_find(doctor, DOCTOR_OK, "kernel", "", "Linux %s", release);
 }

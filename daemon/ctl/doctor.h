@@ -28,6 +28,7 @@ struct doctor {
 	json_t *listen;       /* array of the config's NBD addresses, NULL: unknown */
 	char control[256];    /* the control socket's path */
 	bool wants_no_device; /* a config was given and no export of it has a kernel device */
+	bool wants_netlink;   /* a config was given and an export of it demands netlink */
 	pid_t daemon;         /* 0: none answers */
 	size_t notes, problems;
 };

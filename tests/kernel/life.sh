@@ -24,11 +24,7 @@ life() {
 	ctl resize "$export" "${3}M"
 	[[ $(size_of /dev/nbd0) = "$bigger" ]] || fail "/dev/nbd0 has $(size_of /dev/nbd0) bytes"
 	[[ $(nbdinfo --size "$(uri "$export")") = "$bigger" ]] || fail "new clients see the old size"
-	if [[ ${mkfs[0]} = mkfs.xfs ]]; then
-		xfs_growfs "$mnt" >/dev/null
-	else
-		resize2fs /dev/nbd0 2>/dev/null
-	fi
+	grow_fs "${mkfs[0]}" /dev/nbd0 "$mnt"
 	(($(stat -f -c %b "$mnt") > blocks)) || fail "the file system did not grow"
 	fill "$mnt/second" 60
 	verify "$mnt/first"
@@ -59,6 +55,13 @@ life() {
 	verify "$mnt/first"
 	umount "$mnt"
 	log_check
+}
+
+grow_fs() {
+	case $1 in
+	mkfs.xfs) xfs_growfs "$3" >/dev/null ;;
+	*) resize2fs "$2" 2>/dev/null ;;
+	esac
 }
 
 check_fs() {
