@@ -330,7 +330,7 @@ LIBC = ctypes.CDLL(None)
 
 
 def file_system(folder):
-    words = ["stat", "--file-system", "--format=%T", folder]
+    words = ["findmnt", "--noheadings", "--output", "FSTYPE", "--target", folder]
     return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip() or "?"
 
 

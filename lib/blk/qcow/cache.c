@@ -3,8 +3,8 @@
  *
  * A slice is in one of these states: free (host_off 0), loading (others wait in `loaded`), clean, dirty. Dirty
  * ones leave only through a commit, so when nothing clean and unused is left, whoever needs room
- * starts a commit and waits. Memory is taken slice by slice as the cache fills, never given back
- * before the end, and bounded by the configured size.
+ * starts a commit and waits. Memory is one mapping, which takes pages as the cache fills, gives none back
+ * before the end, and is bounded by the configured size.
  *
  * Lookups that hit never suspend and allocate nothing.
  */
@@ -14,10 +14,16 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 /* At least this many slices, however small the configuration: several are in use at the same time. */
 #define CACHE_SLICES_MIN UINT64_C(32)
 #define SLICE_SIZE_MAX   UINT64_C(4096)
+
+static size_t data_len(const struct cache *cache)
+{
+	return cache->capacity * cache->slice_size;
+}
 
 int cache_init(struct cache *cache, struct qcow *q, uint64_t size_bytes)
 {
@@ -34,15 +40,21 @@ int cache_init(struct cache *cache, struct qcow *q, uint64_t size_bytes)
 	co_queue_init(&cache->evictable);
 	cache->slices = calloc(cache->capacity, sizeof(*cache->slices));
 	cache->hash = calloc(buckets, sizeof(*cache->hash));
-	return cache->slices && cache->hash ? 0 : -ENOMEM;
+	/* malloc would take nearly twice as much for pieces as aligned as this. */
+	cache->data = mmap(NULL, data_len(cache), PROT_READ | PROT_WRITE,
+		MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (cache->data == MAP_FAILED)
+		cache->data = NULL;
+	return cache->slices && cache->hash && cache->data ? 0 : -ENOMEM;
 }
 
 void cache_fini(struct cache *cache)
 {
-	for (size_t i = 0; i < cache->count; i++)
-		free(cache->slices[i].data);
+	if (cache->data)
+		munmap(cache->data, data_len(cache));
 	free(cache->slices);
 	free(cache->hash);
+	cache->data = NULL;
 	cache->slices = NULL;
 	cache->hash = NULL;
 	cache->count = 0;
@@ -91,9 +103,7 @@ static struct slice *add_slice(struct cache *cache)
 {
 	struct slice *slice = &cache->slices[cache->count];
 
-	slice->data = aligned_alloc(cache->slice_size, cache->slice_size);
-	if (!slice->data)
-		return NULL;
+	slice->data = cache->data + cache->count * cache->slice_size;
 	list_init(&slice->link);
 	co_queue_init(&slice->loaded);
 	cache->count++;
@@ -103,12 +113,8 @@ static struct slice *add_slice(struct cache *cache)
 /* A slice that holds nothing; NULL: none can be had now. */
 static struct slice *take_unused(struct cache *cache)
 {
-	if (cache->count < cache->capacity) {
-		struct slice *slice = add_slice(cache);
-
-		if (slice)
-			return slice;
-	}
+	if (cache->count < cache->capacity)
+		return add_slice(cache);
 	/* Dirty slices are on another list, so whatever is on this one may go. */
 	struct list *link = list_pop_front(&cache->lru);
 	if (!link)

@@ -76,6 +76,7 @@ struct cache {
 	uint32_t slice_size;                 /* bytes; a power of two, at most a cluster */
 	size_t capacity, count, dirty_count; /* slices */
 	struct slice *slices;
+	uint8_t *data; /* of all slices */
 	struct slice **hash;
 	size_t hash_mask;
 	struct list lru, dirty;
