@@ -1,6 +1,8 @@
 /*
  * Limits and fairness: idle clients, shares of an export, clients that would keep the server to themselves,
  * 500 connections of which 100 are stuck, and what is left after hundreds of bad ones.
+ *
+ *	SOAK=20000 build/tests/unit/test_nbd_limits	so many bad ones
  */
 #include <fcntl.h>
 #include <sys/resource.h>
@@ -304,11 +306,13 @@ static void abuse(struct seed *seed)
 START_TEST(test_soak)
 {
 	struct seed seed = seed_start("soak");
+	const char *given = getenv("SOAK");
+	int cycles = given ? atoi(given) : 1000;
 	struct rig_footprint before = { 0 };
 
 	limits.linger_ns = 10 * NS_PER_MS;
 	rig_start(&rig, &limits, NULL);
-	for (int i = 0; i < 1000; i++) {
+	for (int i = 0; i < cycles; i++) {
 		if (i == 100) /* pools are filled by now */
 			before = rig_footprint();
 		abuse(&seed);
@@ -323,6 +327,7 @@ END_TEST
 static void fill(TCase *tcase)
 {
 	tcase_add_checked_fixture(tcase, setup, teardown);
+	tcase_set_timeout(tcase, getenv("SOAK") ? 0 : TEST_TIMEOUT_S);
 	tcase_add_test(tcase, test_idle);
 	tcase_add_test(tcase, test_waiting_is_not_idle);
 	tcase_add_test(tcase, test_shares);

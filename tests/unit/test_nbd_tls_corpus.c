@@ -1,4 +1,6 @@
-/* Replays the inputs of the fuzzer through TLS. */
+/*
+ * Replays the inputs of the fuzzer through TLS: tests/fuzz/nbd_tls.c.
+ */
 #define CORPUS "nbd_tls"
 #include "../fuzz/nbd_tls.c"
 
