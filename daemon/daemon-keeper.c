@@ -128,7 +128,9 @@ suspends int daemon_meet_keeper(struct daemon *daemon, struct err *err)
 		return ret;
 	drop_left_overs(daemon);
 	daemon_keep_listeners(daemon);
-	return kernel_find_kept(link, &daemon->kept_doors, err);
+	ret = kernel_find_kept(link, &daemon->kept_doors, err);
+	daemon->env.successor = !list_empty(&daemon->kept_doors);
+	return ret;
 }
 
 /* --- handing over ----------------------------------------------------------------------------- */

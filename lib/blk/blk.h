@@ -180,6 +180,11 @@ struct blk_env {
 	bool start_failed; /* set before closing after a failed start: what open() created is removed */
 	bool read_only;    /* open everything read-only (tools that only look) */
 	bool command_line; /* there is no config: errors advise by options of a command */
+	/*
+	 * This process goes on where a predecessor was killed. What that one had handed to the kernel may be under
+	 * way still, and hold its locks: files are waited for, which keeps old writes from coming after new ones.
+	 */
+	bool successor;
 	/* Stacks that wait for their last requests before they close, and nobody for them; see mirror/leg.c. */
 	_Atomic unsigned left_behind;
 	/* Hears what no caller is told, such as the loss of a server; see blk_notice(). NULL: nobody. */

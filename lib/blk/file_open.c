@@ -29,6 +29,10 @@
 
 /* --- finding and opening ---------------------------------------------------------------------- */
 
+/* What the disk may need to get through with the last requests of a process that was killed. */
+#define SUCCESSOR_WAIT_MS 30000
+#define SUCCESSOR_LOOK_MS 5
+
 static int check_kind(const char *path, mode_t mode, struct err *err)
 {
 	const char *kind = S_ISDIR(mode)    ? "directory"
@@ -346,13 +350,39 @@ static void remove_created(const struct file_layer *file)
 		sync_folder(file->path);
 }
 
+static void close_files(struct file_layer *file)
+{
+	if (file->sync_fd >= 0)
+		close(file->sync_fd);
+	if (file->fd >= 0)
+		close(file->fd);
+	file->fd = file->sync_fd = -1;
+}
+
+/* Until the locks of a predecessor are gone, with its last requests. */
+static int open_when_free(struct file_layer *file, struct err *err)
+{
+	int result = open_and_measure(file, err);
+
+	for (unsigned waited_ms = 0; result == -EBUSY && waited_ms < SUCCESSOR_WAIT_MS;
+		waited_ms += SUCCESSOR_LOOK_MS) {
+		if (!file->blk.env->successor)
+			break;
+		close_files(file);
+		usleep(SUCCESSOR_LOOK_MS * 1000);
+		*err = (struct err){ 0 };
+		result = open_and_measure(file, err);
+	}
+	return result;
+}
+
 int file_open_blocking(struct file_layer *file, struct err *err)
 {
 	if (file->blk.caps.read_only)
 		file->create = false; /* who only looks creates nothing */
 	file->blk.caps.read_only |= file->read_only;
 
-	int result = open_and_measure(file, err);
+	int result = open_when_free(file, err);
 	if (result && file->created) {
 		remove_created(file);
 		file->created = false;
@@ -364,9 +394,5 @@ void file_close_blocking(struct file_layer *file)
 {
 	if (file->created && (file->blk.start_failed || file->blk.env->start_failed))
 		remove_created(file);
-	if (file->sync_fd >= 0)
-		close(file->sync_fd);
-	if (file->fd >= 0)
-		close(file->fd);
-	file->fd = file->sync_fd = -1;
+	close_files(file);
 }

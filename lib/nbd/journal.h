@@ -61,7 +61,8 @@ struct nbd_seat {
 /*
  * Maps the journal, all of it (populated; locked when the process's memory is). Memory full of zeroes is a
  * new seat and becomes a journal; else the positions of all connections are taken from the sockets and
- * everything is checked. Nobody else may serve this seat any more.
+ * everything is checked. Nobody else may serve this seat any more: a predecessor was waited for, and so is
+ * what it had handed to the kernel (blk_env.successor).
  *
  * -EPROTONOSUPPORT: another version's journal. -EUCLEAN: nonsense. -ENOTSUP: this kernel does not count
  * what a socket consumes. -EINVAL, -ENOMEM, or what a system call says. After an error nothing was

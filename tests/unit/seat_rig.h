@@ -156,6 +156,7 @@ static suspends void seat_server_main(void *arg)
 	struct conf *conf = conf_build("%s", rig->stack);
 
 	blk_env_init(&env);
+	env.successor = true;
 	if (stack_open(conf, &env, false, &blk, &err)) {
 		fprintf(stderr, "stack: %s\n", err.text);
 		_exit(SEAT_EXIT_BROKEN);
@@ -535,6 +536,7 @@ static inline suspends void seat_compare(void *arg)
 	struct err err;
 
 	blk_env_init(&env);
+	env.successor = true;
 	ck_assert_msg(!stack_open(conf, &env, true, &blk, &err), "%s", err.text);
 	ck_assert_int_eq(blk_read(blk, 0, bytes, SEAT_DISK_BYTES), 0);
 	const struct seat_op whole = { .len = SEAT_DISK_BYTES };
@@ -563,10 +565,10 @@ static inline void seat_compare_disk(struct seat_rig *rig)
 
 /* --- disks ------------------------------------------------------------------------------------ */
 
-#define SEAT_FILE "( { layer = 'file'; path = 'disk'; sync = 'none'; lock = false } )"
+#define SEAT_FILE "( { layer = 'file'; path = 'disk'; sync = 'none' } )"
 #define SEAT_QCOW                \
 	"( { layer = 'qcow' }, " \
-	"{ layer = 'file'; path = 'disk.qcow2'; sync = 'none'; lock = false } )"
+	"{ layer = 'file'; path = 'disk.qcow2'; sync = 'none' } )"
 
 static inline unsigned long seat_kills_wanted(unsigned long by_default)
 {
