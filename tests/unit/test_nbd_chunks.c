@@ -384,6 +384,65 @@ START_TEST(test_block_status_refused)
 }
 END_TEST
 
+/* --- flags ------------------------------------------------------------------------------------ */
+
+static const struct flags_case {
+	uint16_t type, allowed;
+} flags_cases[] = {
+	{ NBD_CMD_READ, NBD_CMD_FLAG_FUA | NBD_CMD_FLAG_DF },
+	{ NBD_CMD_WRITE, NBD_CMD_FLAG_FUA },
+	{ NBD_CMD_FLUSH, NBD_CMD_FLAG_FUA },
+	{ NBD_CMD_TRIM, NBD_CMD_FLAG_FUA },
+	{ NBD_CMD_CACHE, NBD_CMD_FLAG_FUA },
+	{ NBD_CMD_WRITE_ZEROES, NBD_CMD_FLAG_FUA | NBD_CMD_FLAG_NO_HOLE | NBD_CMD_FLAG_FAST_ZERO },
+	{ NBD_CMD_BLOCK_STATUS, NBD_CMD_FLAG_FUA | NBD_CMD_FLAG_REQ_ONE },
+};
+
+/* One command with one flag that it may have. */
+static void expect_flag_taken(
+	struct chunk_client *client, uint16_t type, uint16_t flag, uint32_t len)
+{
+	uint32_t error;
+
+	if (type == NBD_CMD_READ) {
+		ck_assert_uint_eq(chunk_read(client, flag, 0, in, len).error, 0);
+	} else if (type == NBD_CMD_BLOCK_STATUS) {
+		ck_assert_uint_eq(status_of(client, flag, 0, len).count, 1);
+	} else {
+		error = chunk_command(
+			client, type, flag, 0, len, type == NBD_CMD_WRITE ? out : NULL);
+		ck_assert(!error || (flag == NBD_CMD_FLAG_FAST_ZERO && error == NBD_ENOTSUP));
+	}
+}
+
+/* Every command with each of the sixteen flags. What must follow a write follows it, whatever is wrong. */
+START_TEST(test_every_flag)
+{
+	struct chunk_client client = client_of(forms[_i]);
+	bool extended = forms[_i] == NBD_EXTENDED;
+
+	for (size_t i = 0; i < ARRAY_LEN(flags_cases); i++) {
+		uint16_t type = flags_cases[i].type;
+		uint32_t len = type == NBD_CMD_FLUSH ? 0 : 100;
+
+		for (unsigned bit = 0; bit < 16; bit++) {
+			uint16_t flag = (uint16_t)(1U << bit);
+			/* Tested by themselves: test_status_payload, test_payload_flag. */
+			if (extended && flag == NBD_CMD_FLAG_PAYLOAD_LEN)
+				continue;
+			if (flags_cases[i].allowed & flag)
+				expect_flag_taken(&client, type, flag, len);
+			else
+				ck_assert_uint_eq(chunk_command(&client, type, flag, 0, len,
+							  type == NBD_CMD_WRITE ? out : NULL),
+					NBD_EINVAL);
+		}
+	}
+	chunk_expect_alive(&client);
+	chunk_disconnect(&client);
+}
+END_TEST
+
 /* --- extended headers alone ------------------------------------------------------------------- */
 
 START_TEST(test_beyond_32_bits)
@@ -548,6 +607,7 @@ static void fill(TCase *tcase)
 	tcase_add_loop_test(tcase, test_block_status_many, 0, 2);
 	tcase_add_loop_test(tcase, test_block_status_refused, 0, 2);
 	tcase_add_loop_test(tcase, test_wrong_form, 0, 2);
+	tcase_add_loop_test(tcase, test_every_flag, 0, 2);
 	tcase_add_test(tcase, test_beyond_32_bits);
 	tcase_add_test(tcase, test_status_payload);
 	tcase_add_test(tcase, test_status_payload_of_two);

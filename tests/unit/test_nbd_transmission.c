@@ -217,6 +217,21 @@ START_TEST(test_too_long)
 }
 END_TEST
 
+/* Reads into nothing: any range, at most as long as a read. */
+START_TEST(test_cache)
+{
+	int fd = rig_serve(&rig);
+
+	ck_assert_uint_eq(rig_command(fd, NBD_CMD_CACHE, 0, 1, 1000000, NULL), NBD_SUCCESS);
+	ck_assert_uint_eq(rig_command(fd, NBD_CMD_CACHE, 0, RIG_SIZE, 0, NULL), NBD_SUCCESS);
+	ck_assert_uint_eq(rig_command(fd, NBD_CMD_CACHE, 0, RIG_SIZE, 1, NULL), NBD_EINVAL);
+	ck_assert_uint_eq(
+		rig_command(fd, NBD_CMD_CACHE, 0, 0, BLK_REQUEST_MAX + 1, NULL), NBD_EOVERFLOW);
+	rig_expect_alive(fd);
+	rig_disconnect(fd);
+}
+END_TEST
+
 START_TEST(test_unknown_commands)
 {
 	const uint16_t types[] = { 8, 9, 255, 256, 32767, 65535 };
@@ -234,12 +249,12 @@ START_TEST(test_flags)
 	static const struct {
 		uint16_t type, allowed;
 	} commands[] = {
-		{ NBD_CMD_READ, NBD_CMD_FLAG_FUA },
-		{ NBD_CMD_WRITE, NBD_CMD_FLAG_FUA },
-		{ NBD_CMD_FLUSH, NBD_CMD_FLAG_FUA },
-		{ NBD_CMD_TRIM, NBD_CMD_FLAG_FUA },
+		{ NBD_CMD_READ, NBD_CMD_FLAG_FUA }, { NBD_CMD_WRITE, NBD_CMD_FLAG_FUA },
+		{ NBD_CMD_FLUSH, NBD_CMD_FLAG_FUA }, { NBD_CMD_TRIM, NBD_CMD_FLAG_FUA },
 		{ NBD_CMD_WRITE_ZEROES,
 			NBD_CMD_FLAG_FUA | NBD_CMD_FLAG_NO_HOLE | NBD_CMD_FLAG_FAST_ZERO },
+		{ NBD_CMD_CACHE, NBD_CMD_FLAG_FUA },
+		{ NBD_CMD_BLOCK_STATUS, 0 }, /* there is no context */
 	};
 	int fd = rig_serve(&rig);
 
@@ -440,6 +455,7 @@ static void fill(TCase *tcase)
 	tcase_add_test(tcase, test_zero_length);
 	tcase_add_test(tcase, test_out_of_range);
 	tcase_add_test(tcase, test_too_long);
+	tcase_add_test(tcase, test_cache);
 	tcase_add_test(tcase, test_unknown_commands);
 	tcase_add_test(tcase, test_flags);
 	tcase_add_test(tcase, test_read_only);
