@@ -126,6 +126,22 @@ static void show_log(const json_t *log)
 		json_is_true(json_object_get(log, "broken")) ? "; CANNOT BE WRITTEN" : "");
 }
 
+/* A writer that is faster than the secondary is slowed to it: that has to be seen. */
+static void show_guests(const json_t *mirror)
+{
+	double slowed = json_real_value(json_object_get(mirror, "guests_slowed"));
+	char rate[UNITS_SIZE_TEXT_LEN];
+
+	printf("  guests       write %s/s",
+		units_format_size(get_number(mirror, "guest_rate"), rate));
+	if (slowed >= 0.01)
+		printf(", %.0f %% of it is waiting for the secondary", 100 * slowed);
+	if (get_number(mirror, "dirty_rate"))
+		printf("; %s/s become dirty",
+			units_format_size(get_number(mirror, "dirty_rate"), rate));
+	putchar('\n');
+}
+
 static void show_mirror(const json_t *mirror)
 {
 	char dirty[UNITS_SIZE_TEXT_LEN], size[UNITS_SIZE_TEXT_LEN], rate[UNITS_SIZE_TEXT_LEN];
@@ -145,6 +161,7 @@ static void show_mirror(const json_t *mirror)
 	if (json_is_integer(left))
 		printf(", %llu s left", (unsigned long long)json_integer_value(left));
 	printf("%s\n", json_is_true(json_object_get(mirror, "converges")) ? "" : ", stands still");
+	show_guests(mirror);
 	printf("  because      %s\n", get_text(mirror, "note"));
 	print_error("secondary", json_object_get(mirror, "secondary_error"));
 	print_error("primary", json_object_get(mirror, "primary_error"));

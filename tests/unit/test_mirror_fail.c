@@ -313,6 +313,26 @@ suspends CO_TEST(test_cancel_while_the_secondary_hangs)
 	test_stack_close(&stack);
 }
 
+/* Nothing is on its way, and it would hang in the last flush. */
+suspends CO_TEST(test_cancel_with_a_last_flush_that_hangs)
+{
+	struct fault_rules hangs = { .delay_ops = FAULT_ALL, .delay_us = 4000000 };
+	struct test_stack stack;
+
+	test_stack_open(&stack, HOURS_STACK);
+
+	struct mirror *mirror = mirror_of(&stack);
+
+	fill_leg(&mirror->blk, 0, 65536, 'f');
+	wait_phase(mirror, MIRROR_IN_SYNC);
+	fault_set(fault_find(mirror->secondary), &hangs);
+	mirror_cancel(&mirror->blk);
+	mirror_unlink(&mirror->blk, &stack.top);
+	stack_close(&mirror->blk);
+	ck_assert_uint_eq(stack.env.left_behind, 1);
+	test_stack_close(&stack);
+}
+
 suspends CO_TEST(test_close_while_the_secondary_hangs)
 {
 	struct fault_rules hangs = { .delay_ops = FAULT_ALL, .delay_us = 5000000 };
@@ -465,6 +485,7 @@ int main(void)
 	tcase_add_test(tcase, test_unreadable_chunk);
 	tcase_add_test(tcase, test_primary_write_fails);
 	tcase_add_test(tcase, test_cancel_while_the_secondary_hangs);
+	tcase_add_test(tcase, test_cancel_with_a_last_flush_that_hangs);
 	tcase_add_test(tcase, test_close_while_the_secondary_hangs);
 	tcase_add_test(tcase, test_no_promotion_of_what_owes_answers);
 	tcase_add_test(tcase, test_forced_promotion_ends_the_copy);

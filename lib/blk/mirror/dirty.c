@@ -82,8 +82,11 @@ static void change(struct mirror *mirror, uint64_t first, uint64_t count, bool d
 	while (count) {
 		uint64_t run = bitmap_run(mirror->dirty, first, count);
 
-		if (bitmap_test(mirror->dirty, first) != dirty)
+		if (bitmap_test(mirror->dirty, first) != dirty) {
 			mirror->dirty_count += dirty ? run : -run;
+			if (dirty)
+				mirror_meter_add(&mirror->dirtied, run * mirror->chunk_size);
+		}
 		if (dirty)
 			bitmap_set(mirror->dirty, first, run);
 		else

@@ -238,8 +238,10 @@ suspends void leg_release(struct mirror *mirror, bool lost)
 
 	if (!leg)
 		return;
-	if (owned && (lost || leg->running.running))
+	if (owned && lost)
 		blk_abandon(mirror->secondary);
+	else if (owned) /* a request that may take its time, unlike the flush of stack_close() */
+		leg_put(leg_begin(mirror, LEG_FLUSH, 0, 0, 0, NULL));
 	while (leg->running.running)
 		if (!co_queue_wait_until(&leg->running.idle, deadline_ns))
 			break;

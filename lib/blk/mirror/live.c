@@ -72,6 +72,8 @@ suspends int mirror_begin_live(struct blk *blk, bool paused, struct err *err)
 	int ret;
 
 	mirror_dirty_set(mirror, 0, blk->caps.size);
+	mirror->dirtied =
+		(struct mirror_meter){}; /* nothing became dirty, it only was not copied yet */
 	snprintf(mirror->note, sizeof(mirror->note), "everything is copied: the mirror is new");
 	ret = mirror_log_rewrite(mirror);
 	if (ret)

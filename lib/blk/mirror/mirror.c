@@ -88,6 +88,7 @@ static suspends int change_both(struct mirror *mirror, const struct change *chan
 	};
 	unsigned flags = leg_flags(mirror, change->flags);
 	bool in_turn = change->flags & BLK_FAST_ZERO; /* the primary may refuse */
+	uint64_t start_ns = reactor_now_ns(), primary_ns;
 	struct leg_op *op = NULL;
 	int ret, leg_ret;
 
@@ -98,7 +99,10 @@ static suspends int change_both(struct mirror *mirror, const struct change *chan
 		op = leg_begin(mirror, change->kind, change->off, change->len, flags, NULL);
 	if (in_turn && ret == -EOPNOTSUPP)
 		return ret;
+	primary_ns = reactor_now_ns();
 	leg_ret = in_turn && ret ? 0 : leg_end(op);
+	mirror_meter_add(&mirror->wait_ns, reactor_now_ns() - primary_ns);
+	mirror_meter_add(&mirror->change_ns, reactor_now_ns() - start_ns);
 	if (leg_ret)
 		mirror_degrade(mirror, names[change->kind], change->off, change->len, leg_ret);
 	if (ret) {
@@ -135,6 +139,7 @@ static suspends int change_any(struct mirror *mirror, const struct change *chang
 
 	mirror->guest_count++;
 	mirror->guest_written += change->len;
+	mirror_meter_add(&mirror->written, change->len);
 	range_lock_acquire(&mirror->writes, &range, change->off, change->len, true);
 	ret = change_locked(mirror, change);
 	range_lock_release(&mirror->writes, &range);
@@ -383,6 +388,7 @@ static suspends int mirror_open(struct blk *blk, struct err *err)
 	if (ret)
 		return ret;
 	mirror_dirty_set(mirror, 0, blk->caps.size);
+	mirror->dirtied = (struct mirror_meter){};
 	ret = mirror_log_open(mirror, err);
 	if (!ret && !(mirror->leg = leg_create(mirror)))
 		ret = err_set(err, ENOMEM, "out of memory");

@@ -138,6 +138,16 @@ struct mirror_failure {
 	uint64_t count;
 };
 
+/* How much there was of something in each of the last seconds. */
+struct mirror_meter {
+	uint64_t second; /* of the newest slot, slots[second % 4] */
+	uint64_t slots[4];
+};
+
+void mirror_meter_add(struct mirror_meter *meter, uint64_t amount);
+/* Per second, over the last three that are full. */
+uint64_t mirror_meter_rate(struct mirror_meter *meter);
+
 struct mirror {
 	struct blk blk;
 
@@ -199,6 +209,10 @@ struct mirror {
 	uint64_t guest_count;         /* requests */
 	uint64_t guest_written;       /* bytes */
 	uint64_t served_by_secondary; /* reads */
+	struct mirror_meter written;  /* bytes, by guests */
+	struct mirror_meter dirtied;  /* bytes */
+	struct mirror_meter change_ns,
+		wait_ns; /* what changes of both legs took; of it, when only the secondary was missing */
 
 	struct mirror_log log;
 };

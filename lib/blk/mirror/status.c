@@ -3,6 +3,34 @@
  */
 #include "blk/mirror/mirror_private.h"
 
+/* Slots of seconds that went by without anything are empty. */
+static void meter_turn(struct mirror_meter *meter)
+{
+	uint64_t now = reactor_now_ns() / NS_PER_SEC;
+
+	if (now - meter->second > ARRAY_LEN(meter->slots))
+		meter->second = now - ARRAY_LEN(meter->slots);
+	while (meter->second < now)
+		meter->slots[++meter->second % ARRAY_LEN(meter->slots)] = 0;
+}
+
+void mirror_meter_add(struct mirror_meter *meter, uint64_t amount)
+{
+	meter_turn(meter);
+	meter->slots[meter->second % ARRAY_LEN(meter->slots)] += amount;
+}
+
+uint64_t mirror_meter_rate(struct mirror_meter *meter)
+{
+	const unsigned full = ARRAY_LEN(meter->slots) - 1;
+	uint64_t sum = 0;
+
+	meter_turn(meter);
+	for (unsigned i = 1; i <= full; i++)
+		sum += meter->slots[(meter->second + i) % ARRAY_LEN(meter->slots)];
+	return sum / full;
+}
+
 static const char *phase_name(const struct mirror *mirror)
 {
 	static const char *const names[] = {
@@ -46,8 +74,17 @@ static void set(json_t *object, const char *key, uint64_t value)
 	json_object_set_new(object, key, json_integer((json_int_t)value));
 }
 
+/* Of the time that guests' changes take, what is the secondary's alone. */
+static double slowed_share(struct mirror *mirror)
+{
+	uint64_t total_ns = mirror_meter_rate(&mirror->change_ns);
+	uint64_t wait_ns = mirror_meter_rate(&mirror->wait_ns);
+
+	return total_ns ? (double)wait_ns / (double)total_ns : 0;
+}
+
 /* Rates are means since this copy began. */
-static void progress_status(const struct mirror *mirror, json_t *object)
+static void progress_status(struct mirror *mirror, json_t *object)
 {
 	uint64_t size = mirror->blk.caps.size, dirty = mirror_bytes_dirty(&mirror->blk);
 	uint64_t done = mirror->copied_bytes + mirror->skipped_bytes - mirror->began_bytes;
@@ -66,6 +103,9 @@ static void progress_status(const struct mirror *mirror, json_t *object)
 	json_object_set_new(object, "seconds_left",
 		rate >= 1 ? json_integer((json_int_t)((double)dirty / rate)) : json_null());
 	set(object, "guest_bytes_written", mirror->guest_written);
+	set(object, "guest_rate", mirror_meter_rate(&mirror->written));
+	set(object, "dirty_rate", mirror_meter_rate(&mirror->dirtied));
+	json_object_set_new(object, "guests_slowed", json_real(slowed_share(mirror)));
 	/* Nothing that is copied becomes dirty again, so it comes to an end if it moves at all. */
 	json_object_set_new(
 		object, "converges", json_boolean(copying || mirror->phase == MIRROR_IN_SYNC));

@@ -448,8 +448,10 @@ suspends void remote_conn_keep(void *arg)
 			pause_for(conn, pause_ns);
 		}
 	}
-	if (conn->ready)
+	if (conn->ready) {
 		stop_watching(conn);
+		remote->ready_count--;
+	}
 	conn->ready = false;
 	timer_cancel(&conn->silence);
 	if (conn->lost)
