@@ -193,14 +193,27 @@ static int connect_one(struct kernel_dev *dev, void *arg, struct err *err)
 	return ret;
 }
 
-/* The driver makes one when all it has are taken. */
+/*
+ * The driver makes one when all it has are taken, or gives us one that became free meanwhile: whoever holds that
+ * one's lock then is about to find that it came too late.
+ */
 static int connect_another(struct kernel_dev *dev, struct err *err)
 {
 	int ret = kernel_dev_connect(dev, err);
 
 	if (!ret)
 		ret = send_connect(dev, -1, err);
-	return ret ? ret : kernel_dev_lock(dev, err);
+	if (ret)
+		return ret;
+	ret = kernel_dev_lock(dev, err);
+	for (unsigned waited_ms = 0; ret == -EBUSY && waited_ms < 2 * BUSY_TIMEOUT_MS;
+		waited_ms += STEP_MS) {
+		kernel_dev_sleep_ms(STEP_MS);
+		ret = kernel_dev_lock(dev, err);
+	}
+	if (ret)
+		kernel_netlink_disconnect(index_of(dev), NULL);
+	return ret;
 }
 
 /* --- a device that is ours already ------------------------------------------------------------ */

@@ -6,7 +6,10 @@
  *	kernel-device slow	release waits for a request that takes its time, and loses nothing
  *	kernel-device stuck	a request is never answered: the time-out ends the device, says why
  *	kernel-device race N	N processes claim "auto" at once: nobody gets a device twice
+ *	kernel-device stalled	a size is not set while a request hangs; when it is answered, it is
+ *	kernel-device reconnect	by netlink: what one connection swallowed the next one is asked again
  *
+ * KERNEL_DEVICE=netlink attaches by netlink, ioctl (the default) by ioctl.
  * Run by tests/kernel/device.test as root in a guest. A failed check prints its line and exits with 1.
  */
 #include "daemon/kernel-dev.h"
@@ -54,11 +57,13 @@ struct wire_reply {
 struct server {
 	int fd;
 	pthread_t thread;
-	bool deaf;         /* ignores NBD_CMD_DISC */
-	unsigned slow_ms;  /* before each reply to a write */
-	bool stuck;        /* answers no read */
-	atomic_int ends;   /* calls of on_end */
-	atomic_int reason; /* of the last one */
+	bool deaf;           /* ignores NBD_CMD_DISC */
+	unsigned slow_ms;    /* before each reply to a write */
+	bool stuck;          /* answers no read */
+	atomic_bool hold;    /* answers no read for now */
+	atomic_bool swallow; /* nor ever those that are held */
+	atomic_int ends;     /* calls of on_end */
+	atomic_int reason;   /* of the last one */
 	unsigned char *disk;
 };
 
@@ -90,6 +95,10 @@ static bool serve_one(struct server *server)
 		return server->deaf;
 	CHECK(type == NBD_CMD_FLUSH || range_ok(off, len, DISK_SIZE));
 	if (type == NBD_CMD_READ && server->stuck)
+		return true;
+	while (type == NBD_CMD_READ && server->hold && !server->swallow)
+		poll(NULL, 0, 10);
+	if (type == NBD_CMD_READ && server->swallow)
 		return true;
 	if (type == NBD_CMD_WRITE) {
 		if (!receive(server->fd, server->disk + off, len))
@@ -123,8 +132,13 @@ static void on_end(void *arg, int reason)
 /* NULL when no device is free. */
 static struct kernel_dev *attach(struct server *server, uint32_t timeout_s)
 {
+	const char *mode = getenv("KERNEL_DEVICE");
+	char identifier[32];
 	struct kernel_dev_opts opts = {
 		.device = "auto",
+		.identifier = identifier,
+		.mode = mode && !strcmp(mode, "netlink") ? KERNEL_DEV_NETLINK : KERNEL_DEV_IOCTL,
+		.dead_timeout_s = 60,
 		.size_bytes = DISK_SIZE,
 		.block_size = 512,
 		.connections = 1,
@@ -133,6 +147,9 @@ static struct kernel_dev *attach(struct server *server, uint32_t timeout_s)
 	};
 	struct kernel_ends ends;
 	struct kernel_dev *dev;
+
+	snprintf(identifier, sizeof(identifier), "test:%d", (int)getpid());
+
 	int ret = kernel_dev_claim(&opts, on_end, server, &dev, &ends, &err);
 
 	if (ret == -EBUSY)
@@ -211,6 +228,85 @@ static void stuck(void)
 	CHECK(server.reason == ETIMEDOUT || server.reason == EIO || server.reason == 0);
 }
 
+struct reader {
+	int fd;
+	pthread_t thread;
+	atomic_bool done;
+	ssize_t got;
+	unsigned char block[4096];
+};
+
+static void *read_one(void *arg)
+{
+	struct reader *reader = arg;
+
+	reader->got = pread(reader->fd, reader->block, sizeof(reader->block), 1 << 20);
+	reader->done = true;
+	return NULL;
+}
+
+/* Opening reads the partitions anew after a new size: that is to be answered yet. */
+static void start_reading(
+	struct reader *reader, const struct kernel_dev *dev, struct server *server)
+{
+	reader->fd = open_node(dev, O_RDONLY);
+	CHECK(reader->fd >= 0);
+	server->hold = true;
+	CHECK(!pthread_create(&reader->thread, NULL, read_one, reader));
+	poll(NULL, 0,
+		300); /* long enough for the request to be on its way; it does not matter if not */
+}
+
+static void finish_reading(struct reader *reader)
+{
+	CHECK(!pthread_join(reader->thread, NULL));
+	CHECK(reader->got == sizeof(reader->block));
+	close(reader->fd);
+}
+
+static void stalled(void)
+{
+	struct server server = { 0 };
+	struct kernel_dev *dev = attach(&server, 0);
+	struct reader reader = { 0 };
+
+	CHECK(dev);
+	CHECK(!kernel_dev_resize(dev, 2 * DISK_SIZE, &err));
+	CHECK(!kernel_dev_resize(dev, DISK_SIZE, &err));
+	start_reading(&reader, dev, &server);
+	CHECK(kernel_dev_resize(dev, 2 * DISK_SIZE, &err) == -EBUSY);
+	CHECK(strstr(err.text, "not resized") && !reader.done);
+	server.hold = false;
+	finish_reading(&reader);
+	CHECK(!kernel_dev_resize(dev, 2 * DISK_SIZE, &err));
+	CHECK(!kernel_dev_resize(dev, DISK_SIZE, &err));
+	end(&server, dev);
+}
+
+static void reconnect(void)
+{
+	struct server server = { 0 };
+	struct kernel_dev *dev = attach(&server, 0);
+	struct reader reader = { 0 };
+	struct kernel_ends ends;
+
+	CHECK(dev);
+	memset(server.disk + (1 << 20), 0x5a, 4096);
+	start_reading(&reader, dev, &server);
+	CHECK(!reader.done);
+	server.swallow = true;
+	CHECK(!kernel_dev_reconnect(dev, &ends, &err) && ends.count == 1);
+	CHECK(!pthread_join(server.thread, NULL));
+	server.hold = server.swallow = false;
+	server.fd = take_fd(&ends.server[0]);
+	kernel_ends_close(&ends);
+	CHECK(!pthread_create(&server.thread, NULL, serve, &server));
+	finish_reading(&reader);
+	CHECK(reader.block[0] == 0x5a && reader.block[4095] == 0x5a);
+	CHECK(!server.ends);
+	end(&server, dev);
+}
+
 static int claim_one(unsigned index)
 {
 	struct server server = { 0 };
@@ -258,6 +354,10 @@ int main(int argc, char **argv)
 		slow();
 	else if (!strcmp(what, "stuck"))
 		stuck();
+	else if (!strcmp(what, "stalled"))
+		stalled();
+	else if (!strcmp(what, "reconnect"))
+		reconnect();
 	else if (!strcmp(what, "race") && argc > 2)
 		race((unsigned)atoi(argv[2]));
 	else

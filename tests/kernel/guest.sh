@@ -49,7 +49,7 @@ guest_prepare() {
 		printf 'SCRATCH=%q\nTMPDIR=%q\n' "$work/scratch" "$work/scratch"
 		printf 'HOME=%q\nLANG=C.UTF-8\nTERM=dumb\n' "$work/home"
 		[[ -z $disk_size ]] || printf 'UML_DISK=%q\n' "$disk"
-		for name in BUILD CI SEED KILLS LAYERS KEYS MKFS SLOWER; do
+		for name in BUILD CI SEED KILLS RESIZES LAYERS KEYS MKFS; do
 			[[ -z ${!name+set} ]] || printf '%s=%q\n' "$name" "${!name}"
 		done
 		printf 'guest_cwd=%q\nnbd_module=%q\nwork=%q\n' "$PWD" "$module" "$work"

@@ -77,6 +77,16 @@ daemon_stop() {
 	((status == 0)) || fail "blkstackd ended with status $status"
 }
 
+# Loads kernel modules in user-mode Linux; other guests have all that tests need.
+need_modules() {
+	local module
+	for module; do
+		[[ ! -d /usr/lib/uml/modules/$(uname -r) ]] ||
+			insmod "$(find "/usr/lib/uml/modules/$(uname -r)" -name "$module.ko" | head -n 1)" 2>/dev/null ||
+			[[ -e /sys/module/${module//-/_} ]] || fail "no module $module"
+	done
+}
+
 uri() {
 	echo "nbd+unix:///$1?socket=$socket"
 }
