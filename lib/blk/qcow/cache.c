@@ -4,7 +4,8 @@
  * A slice is in one of these states: free (host_off 0), loading (others wait in `loaded`), clean, dirty. Dirty
  * ones leave only through a commit, so when nothing clean and unused is left, whoever needs room
  * starts a commit and waits. Memory is one mapping, which takes pages as the cache fills, gives none back
- * before the end, and is bounded by the configured size.
+ * before the end, and is bounded by the configured size; what a commit
+ * copies comes on top, and is bounded by dirty_max.
  *
  * Lookups that hit never suspend and allocate nothing.
  */
@@ -20,6 +21,12 @@
 #define CACHE_SLICES_MIN UINT64_C(32)
 #define SLICE_SIZE_MAX   UINT64_C(4096)
 
+/* What a slice costs beside its data: itself, and up to four buckets. */
+#define SLICE_OVERHEAD (sizeof(struct slice) + 4 * sizeof(struct slice *))
+
+/* A commit is due when half of a small cache is dirty, or an eighth of a large one: it copies all that is. */
+#define DIRTY_BYTES (UINT64_C(2) << 20)
+
 static size_t data_len(const struct cache *cache)
 {
 	return cache->capacity * cache->slice_size;
@@ -31,7 +38,9 @@ int cache_init(struct cache *cache, struct qcow *q, uint64_t size_bytes)
 
 	cache->q = q;
 	cache->slice_size = (uint32_t)MIN(q->cluster_size, SLICE_SIZE_MAX);
-	cache->capacity = MAX(size_bytes / cache->slice_size, CACHE_SLICES_MIN);
+	cache->capacity = MAX(size_bytes / (cache->slice_size + SLICE_OVERHEAD), CACHE_SLICES_MIN);
+	cache->dirty_max = MIN(
+		cache->capacity / 2, MAX(cache->capacity / 8, DIRTY_BYTES / cache->slice_size));
 	while (buckets < 2 * cache->capacity)
 		buckets *= 2;
 	cache->hash_mask = buckets - 1;
@@ -247,7 +256,7 @@ void cache_mark_dirty(struct cache *cache, struct slice *slice)
 	list_remove(&slice->link);
 	list_push_back(&cache->dirty, &slice->link);
 	cache->dirty_count++;
-	if (cache->dirty_count > cache->capacity / 2)
+	if (cache->dirty_count > cache->dirty_max)
 		qcow_commit_soon(cache->q);
 	else
 		qcow_commit_later(cache->q);

@@ -75,6 +75,7 @@ struct cache {
 	struct qcow *q;
 	uint32_t slice_size;                 /* bytes; a power of two, at most a cluster */
 	size_t capacity, count, dirty_count; /* slices */
+	size_t dirty_max;                    /* with more a commit is due */
 	struct slice *slices;
 	uint8_t *data; /* of all slices */
 	struct slice **hash;

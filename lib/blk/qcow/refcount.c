@@ -24,6 +24,9 @@
 /* Slices of refcount blocks looked through for a free cluster by one allocation. */
 #define SEARCH_SLICES_MAX 16
 
+/* Stretches of clusters given up that wait for a commit, at most. */
+#define UNLINKED_MAX 16384
+
 /* The file below grows by an eighth of its size, within these bounds, in one step. */
 #define GROW_MIN_BYTES (UINT64_C(1) << 20)
 #define GROW_MAX_BYTES (UINT64_C(128) << 20)
@@ -723,9 +726,17 @@ suspends void qcow_free_unused(struct qcow *q, uint64_t host_off, uint64_t count
 	co_mutex_unlock(&q->alloc_mutex);
 }
 
+/* The list must not grow without bounds while nobody flushes. */
+static void give_up(struct qcow *q, uint64_t index, uint64_t count)
+{
+	freed_list_add(&q->unlinked, index, count);
+	if (q->unlinked.count > UNLINKED_MAX)
+		qcow_commit_soon(q);
+}
+
 void qcow_free_unlinked(struct qcow *q, uint64_t host_off, uint64_t count)
 {
-	freed_list_add(&q->unlinked, host_off >> q->cluster_bits, count);
+	give_up(q, host_off >> q->cluster_bits, count);
 }
 
 void qcow_free_entry(struct qcow *q, const struct l2_entry *entry)
@@ -735,7 +746,7 @@ void qcow_free_entry(struct qcow *q, const struct l2_entry *entry)
 		uint64_t last = (entry->host_off + entry->compressed_len - 1) >> q->cluster_bits;
 
 		qcow_inflated_forget(q);
-		freed_list_add(&q->unlinked, first, last - first + 1);
+		give_up(q, first, last - first + 1);
 	} else if (entry->host_off && !q->data_file) {
 		qcow_free_unlinked(q, entry->host_off, 1);
 	}

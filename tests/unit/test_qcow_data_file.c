@@ -1,0 +1,183 @@
+/*
+ * Images with an external data file, written by us and by qemu-io in turn: each reads what the other wrote, and
+ * a raw data file is, byte by byte, what the guest sees.
+ *
+ * ROUNDS=100 in the environment goes on for longer. The seed is printed.
+ */
+#include <errno.h>
+
+#include "base/util.h"
+#include "co_test.h"
+#include "qcow_images.h"
+#include "seed.h"
+
+#define DISK_SIZE       (UINT64_C(4) << 20)
+#define WORKERS         4
+#define OPERATIONS      40 /* per worker */
+#define QEMU_OPERATIONS 30
+
+static const struct {
+	const char *options;
+	bool raw;
+} kinds[] = {
+	{ "cluster_size=64k", true },
+	{ "cluster_size=64k", false },
+	{ "cluster_size=4k", true },
+	{ "cluster_size=512", false },
+	{ "cluster_size=16k,extended_l2=on", true },
+	{ "cluster_size=16k,extended_l2=on", false },
+};
+
+struct load {
+	struct test_stack stack;
+	struct seed seed;
+	uint8_t *content;
+	struct range_lock busy;
+	struct co_group workers;
+};
+
+/* --- what we write ---------------------------------------------------------------------------- */
+
+static suspends void write_some(struct load *load, uint64_t off, uint64_t len)
+{
+	uint8_t *buf = malloc(len);
+
+	seed_fill(&load->seed, buf, len);
+	ck_assert_int_eq(
+		blk_write(load->stack.top, off, buf, len, seed_below(&load->seed, 8) ? 0 : BLK_FUA),
+		0);
+	memcpy(load->content + off, buf, len);
+	free(buf);
+}
+
+static suspends void worker(void *arg)
+{
+	struct load *load = arg;
+
+	for (int i = 0; i < OPERATIONS; i++) {
+		uint64_t len = 1 +
+			       seed_below(&load->seed, seed_below(&load->seed, 5) ? 9000 : 400000);
+		uint64_t off = seed_below(&load->seed, DISK_SIZE - len);
+		unsigned what = (unsigned)seed_below(&load->seed, 10);
+		struct range range;
+
+		range_lock_acquire(&load->busy, &range, off, len, true);
+		if (what < 6)
+			write_some(load, off, len);
+		else if (what < 8)
+			ck_assert_int_eq(blk_discard(load->stack.top, off, len, 0), 0);
+		else if (what < 9)
+			ck_assert_int_eq(blk_zero(load->stack.top, off, len,
+						 seed_below(&load->seed, 2) ? BLK_NO_HOLE : 0),
+				0);
+		else
+			ck_assert_int_eq(blk_flush(load->stack.top), 0);
+		if (what == 6 || what == 7 || what == 8)
+			memset(load->content + off, 0, len);
+		range_lock_release(&load->busy, &range);
+	}
+}
+
+static suspends void open_image(struct load *load)
+{
+	test_stack_open(&load->stack,
+		"( { layer = 'qcow'; data-file = ( { layer = 'file'; path = 'data' } ) },"
+		"  { layer = 'file'; path = 'image.qcow2' } )");
+}
+
+static suspends void check_our_view(struct load *load)
+{
+	uint8_t *buf = malloc(DISK_SIZE);
+
+	ck_assert_int_eq(blk_read(load->stack.top, 0, buf, DISK_SIZE), 0);
+	for (uint64_t i = 0; i < DISK_SIZE; i++)
+		if (buf[i] != load->content[i])
+			ck_abort_msg("byte %llu is %#x instead of %#x", (unsigned long long)i,
+				buf[i], load->content[i]);
+	free(buf);
+}
+
+/* --- what qemu-io writes ---------------------------------------------------------------------- */
+
+static void qemu_writes(struct load *load)
+{
+	FILE *script = fopen("script", "we");
+
+	for (int i = 0; i < QEMU_OPERATIONS; i++) {
+		uint64_t len = 512 * (1 + seed_below(&load->seed, 300));
+		uint64_t off = 512 * seed_below(&load->seed, (DISK_SIZE - len) / 512);
+		unsigned what = (unsigned)seed_below(&load->seed, 4), byte = 1 + what + (unsigned)i;
+
+		if (what < 3)
+			fprintf(script, "write -q -P %u %llu %llu\n", byte, (unsigned long long)off,
+				(unsigned long long)len);
+		else
+			fprintf(script, "write -q -z %s %llu %llu\n",
+				seed_below(&load->seed, 2) ? "-u" : "", (unsigned long long)off,
+				(unsigned long long)len);
+		memset(load->content + off, what < 3 ? (int)byte : 0, len);
+	}
+	fclose(script);
+	image_must("qemu-io -f qcow2 image.qcow2 <script >qemu.log 2>&1");
+}
+
+static void check_qemus_view(const struct load *load, bool raw)
+{
+	image_check("image.qcow2", false);
+	image_write_file("expected", load->content, DISK_SIZE);
+	image_must("qemu-img compare -q -f qcow2 -F raw image.qcow2 expected");
+	if (raw)
+		image_must("cmp data expected");
+}
+
+/* --- in turn ---------------------------------------------------------------------------------- */
+
+static suspends void run(size_t kind, int rounds, struct seed *seed)
+{
+	struct load load = { .seed = *seed, .content = calloc(1, DISK_SIZE) };
+
+	printf("  %s%s\n", kinds[kind].options, kinds[kind].raw ? ", raw" : "");
+	fflush(stdout);
+	image_must("rm -f data; qemu-img create -q -f qcow2 -o %s,data_file=data,data_file_raw=%s "
+		   "image.qcow2 %llu",
+		kinds[kind].options, kinds[kind].raw ? "on" : "off", (unsigned long long)DISK_SIZE);
+	range_lock_init(&load.busy);
+	co_group_init(&load.workers);
+	for (int round = 0; round < rounds; round++) {
+		open_image(&load);
+		check_our_view(&load);
+		for (int i = 0; i < WORKERS; i++)
+			co_group_start(&load.workers, worker, &load);
+		co_group_wait(&load.workers);
+		check_our_view(&load);
+		test_stack_close(&load.stack);
+		check_qemus_view(&load, kinds[kind].raw);
+		qemu_writes(&load);
+		check_qemus_view(&load, kinds[kind].raw);
+	}
+	open_image(&load);
+	check_our_view(&load);
+	test_stack_close(&load.stack);
+	free(load.content);
+	*seed = load.seed;
+}
+
+CO_TEST(test_in_turn_with_qemu)
+{
+	const char *given = getenv("ROUNDS");
+	struct seed seed = seed_start("qcow data file");
+
+	for (size_t i = 0; i < ARRAY_LEN(kinds); i++)
+		run(i, given ? atoi(given) : 2, &seed);
+}
+
+int main(void)
+{
+	Suite *suite = suite_create("qcow data file");
+	TCase *tcase = tcase_create("data file");
+
+	tcase_set_timeout(tcase, 1000);
+	tcase_add_test(tcase, test_in_turn_with_qemu);
+	suite_add_tcase(suite, tcase);
+	return co_test_suite(suite);
+}
