@@ -14,6 +14,8 @@
  *   several connections it ends the connection of a request that is merely slow, so there it is
  *   as long as the time-out, and that long may requests wait that were under way when this
  *   process died. The death of the server alone leaves the connections as they are.
+ *   Newer kernels write attributes of a queue only when its requests in flight are done, so that
+ *   one is set when they are served: kernel_dev_settle().
  * - Disconnecting asks nobody, and any index will do: we look at the identifier before.
  * - `pid` and the driver's STATUS say "connected" of a disconnected device that is still open; a message that
  *   changes nothing is refused by then. A thread watches our descriptors of the driver's ends for it.
@@ -43,7 +45,7 @@
 #define BUSY_TIMEOUT_MS  2000  /* udev and friends have a device open for a moment */
 #define OWNER_TIMEOUT_MS 10000 /* for the last owner to be gone, and its connections with it */
 #define LOOK_MS          1000  /* with all connections dead: is the device still there? */
-#define TAKING_TIMEOUT_S 86400 /* marks the sockets that the driver takes; gone a moment later */
+#define TAKING_TIMEOUT_S 30    /* marks the sockets that the driver takes; gone a moment later */
 
 static unsigned index_of(const struct kernel_dev *dev)
 {
@@ -254,8 +256,9 @@ static int replace_connections(struct kernel_dev *dev, struct err *err)
 	message.socket_count = 0;
 	message.timeout_s = kernel_dev_driver_timeout_s(dev);
 	message.dead_timeout_s = dev->opts.dead_timeout_s;
-	ret = kernel_netlink_reconfigure(&message, err);
-	return ret ? ret : kernel_dev_lower_replay(dev, err);
+	for (unsigned i = 0; i < dev->opts.connections; i++)
+		kernel_netlink_unmark(dev->kernel_sock[i]);
+	return kernel_netlink_reconfigure(&message, err);
 }
 
 /* Its last owner may be about to end. */

@@ -68,7 +68,7 @@ void kernel_ends_close(struct kernel_ends *ends);
 /*
  * Netlink only (else -EOPNOTSUPP): breaks all connections and makes new ones, on which the driver repeats
  * what was not answered. A user of the device sees a delay. What the old connections were asked must be
- * finished, or never happen, before the new ends are served.
+ * finished, or never happen, before the new ends are served. Then kernel_dev_settle() is due again.
  */
 int kernel_dev_reconnect(struct kernel_dev *dev, struct kernel_ends *ends, struct err *err);
 

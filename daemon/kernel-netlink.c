@@ -201,3 +201,10 @@ bool kernel_netlink_took(int socket)
 	return !getsockopt(socket, SOL_SOCKET, SO_SNDTIMEO, &timeout, &len) &&
 	       (timeout.tv_sec || timeout.tv_usec);
 }
+
+void kernel_netlink_unmark(int socket)
+{
+	const struct timeval none = { 0 };
+
+	(void)setsockopt(socket, SOL_SOCKET, SO_SNDTIMEO, &none, sizeof(none));
+}

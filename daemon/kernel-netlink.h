@@ -41,3 +41,5 @@ int kernel_netlink_disconnect(unsigned index, struct err *err);
 
 /* Whether the driver took this socket, given a message with a timeout_s other than 0. */
 bool kernel_netlink_took(int socket);
+/* Takes the time-out off again: sending to a server that is slow may take any time. */
+void kernel_netlink_unmark(int socket);
