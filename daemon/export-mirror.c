@@ -21,6 +21,7 @@
 #include "base/util.h"
 #include "blk/mirror/mirror.h"
 #include "daemon/config.h"
+#include "daemon/daemon.h"
 #include "daemon/export-record.h"
 #include "daemon/record.h"
 
@@ -34,6 +35,7 @@ struct call {
 	enum mirror_order order;
 	uint64_t rate, *off;
 	bool force, keep;
+	unsigned clients;
 	struct mirror_comparison *sum;
 	json_t *status, *layers;
 	struct conf *stack; /* what it is now, to be remembered */
@@ -136,6 +138,49 @@ static suspends void take_out(struct export *export, struct blk *mirror)
 	stack_close(mirror);
 }
 
+/* --- is the secondary the export itself? ------------------------------------------------------ */
+
+/* Whether the uri may name an export so. Sockets and hosts have too many names to be compared. */
+static bool may_name(const char *uri, const char *export)
+{
+	const char *host = strstr(uri, "://");
+	const char *name = host ? strchr(host + 3, '/') : NULL;
+	size_t len = name ? strcspn(++name, "?") : 0;
+
+	return !len || memchr(name, '%', len) ||
+	       (len == strlen(export) && !strncmp(name, export, len));
+}
+
+static suspends void count_clients(void *arg)
+{
+	struct call *call = arg;
+
+	call->clients = call->export->nbd.clients.running;
+}
+
+/*
+ * A mirror to itself would copy old data over new. It is found out by what it does: while an nbd layer that asks
+ * for an export of this name was opened, this export got a client.
+ */
+static suspends int check_not_self(struct call *call, const struct conf *secondary)
+{
+	const struct export *export = call->export;
+	const struct conf *leaf = secondary->items[secondary->item_count - 1];
+	const struct conf *uri = conf_get(leaf, "uri");
+	unsigned before = call->clients;
+
+	if (!uri || uri->type != CONF_STRING || !may_name(uri->string, export->config->name))
+		return 0;
+	co_call_on(export->daemon->reactors[0], count_clients, call);
+	if (call->clients <= before)
+		return 0;
+	return err_set(call->err, EINVAL,
+		"the secondary seems to be this export itself: it got a client when \"%s\" was "
+		"opened. "
+		"If that was somebody else, try again",
+		uri->string);
+}
+
 static suspends void start_call(void *arg)
 {
 	struct call *call = arg;
@@ -146,11 +191,14 @@ static suspends void start_call(void *arg)
 		call->ret = err_set(call->err, EEXIST, "there is a mirror already");
 		return;
 	}
+	co_call_on(export->daemon->reactors[0], count_clients, call);
 	call->ret = mirror_insert(&top, call->group, call->err);
 	if (call->ret)
 		return;
 	export_set_top(export, top);
-	call->ret = mirror_begin_live(top, call->request->paused, call->err);
+	call->ret = check_not_self(call, conf_get(call->group, "secondary"));
+	if (!call->ret)
+		call->ret = mirror_begin_live(top, call->request->paused, call->err);
 	if (call->ret) {
 		mirror_cancel(top);
 		take_out(export, top);
