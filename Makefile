@@ -151,6 +151,13 @@ check-vm: all $(HELPERS)
 check-systemd: all
 	$Qtests/kernel/systemd $O
 
+# The assembly for a processor that is not here, in an emulator (packages gcc-aarch64-linux-gnu, libc6-dev-arm64-cross,
+# qemu-user-static). Not in CI.
+check-aarch64:
+	$Qmkdir -p $O && for level in 0 2 3; do \
+		aarch64-linux-gnu-gcc -std=gnu17 -D_GNU_SOURCE -O$$level $(WARNINGS) -static -Ilib -I. -o $O/switch-aarch64 \
+			tests/unit/test_switch.c lib/rt/co_switch.c && qemu-aarch64-static $O/switch-aarch64 || exit; done
+
 # BENCH="--rounds 1 --only randread" passes options; tests/bench/README.md has them.
 bench: all $(BENCHES)
 	$Qtests/bench/bench --build $O $(BENCH)
@@ -192,6 +199,6 @@ install: all
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -4
 
-.PHONY: all check check-rt check-kernel check-systemd check-vm bench fuzz units lint format install clean help
+.PHONY: all check check-rt check-kernel check-aarch64 check-systemd check-vm bench fuzz units lint format install clean help
 .SECONDARY:
 -include $(shell find $O -name '*.d' 2>/dev/null)
