@@ -260,11 +260,13 @@ static void compare_settings(
 	struct config_diff *diff, const struct config *now, const struct config *next)
 {
 	static const char *const handled[] = { "exports", "listen", "listen-mode", "listen-group",
-		"engine", "log-level", "control", "reactors", NULL };
+		"engine", "log-level", "control", NULL };
+	static const char *const at_start[] = { "reactors", "keeper", "user", "group", NULL };
 
 	for (const struct opt *opt = config_options; opt->name; opt++)
-		if (!is_one_of(opt->name, handled) && !same_value(conf_get(now->root, opt->name),
-							      conf_get(next->root, opt->name)))
+		if (!is_one_of(opt->name, handled) && !is_one_of(opt->name, at_start) &&
+			!same_value(
+				conf_get(now->root, opt->name), conf_get(next->root, opt->name)))
 			add(diff, CONFIG_CHANGE, CONFIG_SETTING, opt->name, NULL);
 	if (!listener_same_address(now->control, next->control))
 		add(diff, CONFIG_CHANGE, CONFIG_SETTING, "control", next->control);
@@ -272,8 +274,9 @@ static void compare_settings(
 		add(diff, CONFIG_CHANGE, CONFIG_SETTING, "log-level", next->log_level);
 	if (strcmp(now->engine, next->engine))
 		add(diff, CONFIG_NEXT_START, CONFIG_SETTING, "engine", next->engine);
-	if (!same_value(conf_get(now->root, "reactors"), conf_get(next->root, "reactors")))
-		add(diff, CONFIG_NEXT_START, CONFIG_SETTING, "reactors", NULL);
+	for (const char *const *name = at_start; *name; name++)
+		if (!same_value(conf_get(now->root, *name), conf_get(next->root, *name)))
+			add(diff, CONFIG_NEXT_START, CONFIG_SETTING, *name, NULL);
 }
 
 /* --- the whole -------------------------------------------------------------------------------- */

@@ -16,6 +16,7 @@
 #include <ctype.h>
 #include <errno.h>
 #include <libconfig.h>
+#include <pwd.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
@@ -44,6 +45,7 @@ struct settings {
 	struct config_limits limits;
 	int engine, log_level;
 	bool keeper;
+	const char *user, *group;
 	const struct conf *exports;
 };
 
@@ -98,6 +100,10 @@ static const struct opt settings_options[] = {
 	{ "reactors", OPT_INT, offsetof(struct settings, reactors), "0", .min = 0,
 		.max = REACTORS_MAX,
 		.help = "threads that serve; 0: one per processor, at most one per export" },
+	{ "user", OPT_STRING, offsetof(struct settings, user),
+		.help = "who the server becomes when its sockets are bound" },
+	{ "group", OPT_STRING, offsetof(struct settings, group),
+		.help = "its group; by default the user's" },
 	{ "keeper", OPT_BOOL, offsetof(struct settings, keeper),
 		.help = "whether a process of its own holds devices and sockets while the server "
 			"restarts; by default where an export has a device" },
@@ -372,6 +378,31 @@ void config_set_control(struct config *config, const char *address)
 		abort();
 }
 
+static int take_user(struct config *config, const struct settings *settings, struct err *err)
+{
+	const struct conf *root = config->root;
+	int ret = config_parse_user(root, "user", settings->user, &config->uid, err);
+
+	if (!ret)
+		ret = config_parse_group(root, "group", settings->group, &config->gid, err);
+	if (ret || !settings->user)
+		return !ret && settings->group
+			       ? conf_error(conf_get(root, "group"), err, "group goes with user")
+			       : ret;
+	const struct passwd *user = getpwuid(config->uid);
+	if (config->gid == (gid_t)-1 && user)
+		config->gid = user->pw_gid;
+	if (config->gid == (gid_t)-1)
+		return conf_error(conf_get(root, "user"), err,
+			"user \"%s\" has no group of its own here: say which (group)",
+			settings->user);
+	if (!config->keeper && config_has_device(config))
+		return conf_error(conf_get(root, "user"), err,
+			"kernel devices take root: a server that becomes another user needs a "
+			"keeper for them (keeper = true)");
+	return 0;
+}
+
 static int take_settings(struct config *config, const struct settings *settings, struct err *err)
 {
 	const struct conf *root = config->root;
@@ -545,6 +576,8 @@ static int load(struct config *config, struct err *err)
 	if (!ret)
 		config->keeper = conf_get(config->root, "keeper") ? settings.keeper
 								  : config_has_device(config);
+	if (!ret)
+		ret = take_user(config, &settings, err);
 	if (!ret)
 		ret = config_check_listen(config, err);
 	if (!ret)

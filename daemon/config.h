@@ -93,6 +93,8 @@ struct config {
 	unsigned reactor_count; /* threads, at least 1 */
 	int64_t stop_timeout_s; /* how long requests in flight may take at the end */
 
+	uid_t uid; /* who the server becomes; (uid_t)-1: nobody else */
+	gid_t gid;
 	bool keeper; /* a process of its own holds what outlives this one */
 
 	struct config_export **exports; /* owned array, a reference each */

@@ -29,6 +29,8 @@
 #include "daemon/export.h"
 #include "daemon/kernel.h"
 #include "daemon/nbd_door.h"
+#include "daemon/privileges.h"
+#include "daemon/watchdog.h"
 #include "daemon/reload.h"
 
 #define STOP_STEP_NS (5 * NS_PER_SEC)
@@ -216,6 +218,8 @@ static suspends int start(struct daemon *daemon, struct err *err)
 	if (daemon->keeper)
 		ret = daemon_meet_keeper(daemon, err);
 	if (!ret)
+		ret = watchdog_start(daemon, &daemon->watchdog, err);
+	if (!ret)
 		ret = start_exports(daemon, err);
 	if (!ret)
 		ret = attach_devices(daemon, err);
@@ -310,6 +314,7 @@ static suspends void stop(struct daemon *daemon)
 	nbd_door_close(daemon->nbd_door);
 	daemon->nbd_door = NULL;
 	timer_cancel(&daemon->stop_late);
+	watchdog_stop(daemon->watchdog);
 	keeper_link_end(daemon->keeper);
 	watch_remove(&daemon->signals);
 }
@@ -373,9 +378,11 @@ int daemon_run(
 	daemon.env.notice = log_notice;
 	run.ret = block_signals(&daemon, err);
 	if (!run.ret)
-		run.ret = start_reactors(&daemon, err);
-	if (!run.ret)
 		run.ret = bind_sockets(&daemon, err);
+	if (!run.ret && config->uid != (uid_t)-1)
+		run.ret = privileges_drop(config->uid, config->gid, err);
+	if (!run.ret)
+		run.ret = start_reactors(&daemon, err);
 	if (!run.ret)
 		reactor_run_main(daemon.reactors[0], serve, &run);
 	nbd_door_abandon(daemon.nbd_door);

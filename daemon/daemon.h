@@ -28,6 +28,7 @@ struct config_source;
 struct nbd_door;
 struct control;
 struct listener;
+struct watchdog;
 
 struct daemon {
 	const struct config_source *source;
@@ -50,7 +51,8 @@ struct daemon {
 	struct keeper_link keeper_link;
 	int keeper_sock;
 
-	struct watch signals; /* a signalfd */
+	struct watchdog *watchdog; /* NULL: nobody asked for one */
+	struct watch signals;      /* a signalfd */
 	bool stopping;
 	bool parking; /* stopping, and a successor takes over what the keeper holds */
 	bool ready;   /* once everything was started */
