@@ -194,7 +194,13 @@ suspends void daemon_drop_strangers(struct daemon *daemon)
 
 	for (link = daemon->kept_doors.next; link != &daemon->kept_doors; link = next) {
 		next = link->next;
-		if (!find_config(daemon, kernel_kept_export(link)))
+		if (find_config(daemon, kernel_kept_export(link)))
+			continue;
+		if (kernel_kept_by_hand(link))
+			log_error("export \"%s\": %s waits: the export was added by hand, and is "
+				  "not in the config: add it again (blkstackctl add)",
+				kernel_kept_export(link), kernel_device(kernel_kept_door(link)));
+		else
 			drop(link, "the config does not have the export any more");
 	}
 }

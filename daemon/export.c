@@ -307,6 +307,7 @@ static suspends int attach(struct export *export, const char *device, struct err
 	const char *configured = *config->device ? config->device : "auto";
 	struct kernel_opts opts = {
 		.keeper = export->daemon->keeper,
+		.by_hand = export->by_hand,
 		.nbd = &export->nbd,
 		.device = device ? device : configured,
 		.size_bytes = export->size,

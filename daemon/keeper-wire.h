@@ -65,6 +65,7 @@ struct keeper_message {
 	uint32_t block_size, timeout_s, dead_timeout_s; /* as in kernel_dev_opts */
 	uint32_t flags, mode, connections;
 	uint32_t force;
+	uint32_t by_hand;  /* of a claim: the export is not in the config */
 	uint32_t settled;  /* the device is ready for its users */
 	uint32_t ended;    /* 0: the driver has it still; else 1 and the errno why not */
 	uint32_t restarts; /* servers started before this one; of a device: that had it before */

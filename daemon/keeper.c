@@ -584,5 +584,8 @@ int keeper_run(char *const *argv)
 	while (!life->done)
 		turn(life);
 	devices_free(&life->keeper);
-	return life->status;
+	int status = life->status;
+	if (!life->keeper.devices.count) /* else a thread of a device that hangs may look at it */
+		free(life);
+	return status;
 }

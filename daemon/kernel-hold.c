@@ -183,6 +183,7 @@ static suspends int claim_there(struct kernel_hold *hold, struct err *err)
 		.mode = (uint32_t)hold->opts.mode,
 		.connections = hold->opts.connections,
 		.size_bytes = hold->opts.size_bytes,
+		.by_hand = hold->by_hand,
 	};
 	struct keeper_fds fds;
 
@@ -241,6 +242,7 @@ suspends int kernel_hold_take_over(struct kernel_hold *hold, struct keeper_link 
 	hold->end_reason = message.ended ? (int)message.ended - 1 : 0;
 	hold->taken_over = message.restarts;
 	hold->settled = message.settled;
+	hold->by_hand = message.by_hand;
 	hold->kept.slot = message.slot;
 	*slot = message.slot + 1;
 	list_push_back(&keeper->devices, &hold->kept.link);

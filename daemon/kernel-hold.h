@@ -26,6 +26,7 @@ struct kernel_hold {
 	int journal;         /* from the keeper: what the servers before wrote; -1: nothing */
 	unsigned taken_over; /* servers that had it before this one */
 
+	bool by_hand; /* the export came by a command: no config has it */
 	bool settled;
 	bool ended; /* the driver gave it up */
 	int end_reason;

@@ -250,6 +250,7 @@ static struct kernel_door *door_new(const struct kernel_opts *opts)
 	list_init(&door->link);
 	co_group_init(&door->serving);
 	kernel_hold_init(&door->hold, opts->keeper, opts->nbd->name, &dev_opts, door_ended);
+	door->hold.by_hand = opts->by_hand;
 	snprintf(door->device, sizeof(door->device), "%s", opts->device);
 	return door;
 }
@@ -327,6 +328,11 @@ suspends int kernel_find_kept(struct keeper_link *keeper, struct list *doors, st
 const char *kernel_kept_export(const struct list *link)
 {
 	return list_entry(link, const struct kernel_door, link)->export_name;
+}
+
+bool kernel_kept_by_hand(const struct list *link)
+{
+	return list_entry(link, const struct kernel_door, link)->hold.by_hand;
 }
 
 struct kernel_door *kernel_kept_door(struct list *link)

@@ -28,6 +28,7 @@ struct nbd_export;
 struct kernel_opts {
 	struct keeper_link *keeper; /* who holds the device; NULL: this process */
 	struct nbd_export *nbd;     /* what it serves, on its home reactor; outlives the door */
+	bool by_hand;               /* the export is in no config */
 	const char *device;         /* "/dev/nbd0", or "auto" for the first one that is free */
 	uint64_t size_bytes;
 	uint32_t block_size; /* logical block size: 512, 1024, 2048 or 4096 */
@@ -65,6 +66,7 @@ suspends int kernel_resize(struct kernel_door *door, uint64_t size_bytes, struct
 suspends int kernel_find_kept(struct keeper_link *keeper, struct list *doors, struct err *err);
 const char *kernel_kept_export(const struct list *link);
 struct kernel_door *kernel_kept_door(struct list *link);
+bool kernel_kept_by_hand(const struct list *link);
 
 /*
  * Goes on where the last server was; before nbd has other clients. On an error the door stays in its list:
