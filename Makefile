@@ -50,6 +50,10 @@ CPPFLAGS += -D_GNU_SOURCE -Ilib -I. -DBLKSTACK_VERSION='"$(VERSION)"' \
 	$(shell $(PKG_CONFIG) --cflags $(LIB_PKGS) $(LOADED_PKGS) $(DAEMON_PKGS))
 ALL_CFLAGS := -std=gnu17 $(CFLAGS_$(BUILD)) $(WARNINGS) -fstack-protector-strong -fstack-clash-protection -pthread $(CFLAGS)
 LDLIBS   := $(shell $(PKG_CONFIG) --libs $(LIB_PKGS)) -pthread
+# LeakSanitizer looks for pointers in the thread-local storage of libraries, and crashes at that of a late one.
+ifeq ($(BUILD),asan)
+LDLIBS   += -Wl,--no-as-needed $(shell $(PKG_CONFIG) --libs $(LOADED_PKGS)) -Wl,--as-needed
+endif
 IMG_LIBS := $(shell $(PKG_CONFIG) --libs $(IMG_PKGS))
 DAEMON_LIBS := $(shell $(PKG_CONFIG) --libs $(DAEMON_PKGS))
 TEST_LIBS := $(shell $(PKG_CONFIG) --libs $(TEST_PKGS))
