@@ -47,6 +47,22 @@ static bool add_until(struct blk_extents *extents, uint64_t to, uint32_t flags)
 }
 
 /*
+ * Appends one, which starts at off, as far as it fills blocks; false when the caller's list is full. Where depths
+ * are not told, data fills up to the next hole.
+ */
+static bool add_rounded_extent(struct blk_extents *extents, uint64_t off,
+	const struct blk_extent *extent, uint32_t block_size)
+{
+	uint64_t start = round_up(off, block_size);
+	uint64_t end = round_down(off + extent->len, block_size);
+
+	if (extent->flags == BLK_EXTENT_DATA)
+		return !extents->tells_depth || add_until(extents, end, BLK_EXTENT_DATA);
+	return start >= end || (add_until(extents, start, BLK_EXTENT_DATA) &&
+				       add_until(extents, end, extent->flags));
+}
+
+/*
  * Appends found to extents, rounded to blocks. found may start before the end of extents. A block that data of
  * several depths share is of the depth of the last of them.
  */
@@ -56,26 +72,18 @@ static void add_rounded(
 	uint64_t off = found->off;
 	uint64_t known_end = round_down(found->end, block_size);
 	uint32_t own_depth = extents->depth;
+	bool has_room = true;
 
 	if (!found->count)
 		return;
-	for (unsigned i = 0; i < found->count; off += found->list[i++].len) {
-		uint64_t start = round_up(off, block_size);
-		uint64_t end = round_down(off + found->list[i].len, block_size);
-
+	for (unsigned i = 0; has_room && i < found->count; off += found->list[i++].len) {
 		extents->depth = found->list[i].depth;
-		if (found->list[i].flags == BLK_EXTENT_DATA && found->tells_depth &&
-			!add_until(extents, end, BLK_EXTENT_DATA))
-			break;
-		if (found->list[i].flags == BLK_EXTENT_DATA || start >= end)
-			continue; /* data fills up to the next hole */
-		if (!add_until(extents, start, BLK_EXTENT_DATA) ||
-			!add_until(extents, end, found->list[i].flags))
-			break;
+		has_room = add_rounded_extent(extents, off, &found->list[i], block_size);
 	}
 	if (known_end <= extents->end || found->list[found->count - 1].flags == BLK_EXTENT_DATA)
 		known_end = round_up(found->end, block_size);
-	add_until(extents, known_end, BLK_EXTENT_DATA);
+	if (has_room)
+		add_until(extents, known_end, BLK_EXTENT_DATA);
 	extents->depth = own_depth;
 }
 
