@@ -88,8 +88,8 @@ static inline struct rig_footprint rig_footprint(void)
 	return (struct rig_footprint){ rig_open_fds(), mallinfo2().uordblks };
 }
 
-/* Pools come and go by 100 KiB or so, however long it runs; a connection left behind has 64. */
-#define RIG_HEAP_SLACK_BYTES (256U << 10)
+/* Pools come and go by some 100 KiB, however long it runs; a connection left behind has 64. */
+#define RIG_HEAP_SLACK_BYTES (1U << 20)
 
 static inline void rig_expect_footprint(struct rig_footprint before)
 {
