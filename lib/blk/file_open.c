@@ -31,6 +31,7 @@
 
 /* What the disk may need to get through with the last requests of a process that was killed. */
 #define SUCCESSOR_WAIT_MS 30000
+#define STRANGER_WAIT_MS  1000 /* who used it may have been killed just now */
 #define SUCCESSOR_LOOK_MS 5
 
 static int check_kind(const char *path, mode_t mode, struct err *err)
@@ -362,12 +363,11 @@ static void close_files(struct file_layer *file)
 /* Until the locks of a predecessor are gone, with its last requests. */
 static int open_when_free(struct file_layer *file, struct err *err)
 {
+	unsigned patience_ms = file->blk.env->successor ? SUCCESSOR_WAIT_MS : STRANGER_WAIT_MS;
 	int result = open_and_measure(file, err);
 
-	for (unsigned waited_ms = 0; result == -EBUSY && waited_ms < SUCCESSOR_WAIT_MS;
+	for (unsigned waited_ms = 0; result == -EBUSY && waited_ms < patience_ms;
 		waited_ms += SUCCESSOR_LOOK_MS) {
-		if (!file->blk.env->successor)
-			break;
 		close_files(file);
 		usleep(SUCCESSOR_LOOK_MS * 1000);
 		*err = (struct err){ 0 };
