@@ -213,8 +213,11 @@ static suspends int write_own_cluster(struct qcow *q, uint64_t off, const uint8_
 		.fill_off = round_down(off, subcluster_size),
 		.fill_end = round_up(off + len, subcluster_size) };
 
-	if (q->data_file)
+	if (q->data_file) {
 		entry.host_off = cluster_off;
+		/* It may end within the disk's last cluster; what it later grows by reads as zeroes. */
+		p.fill_end = MIN(p.fill_end, MAX(blk_caps(q->data)->size, off + len));
+	}
 	p.host_off = entry.host_off + (p.fill_off - cluster_off);
 	int ret = write_placement(q, &p);
 	if (ret) {

@@ -443,12 +443,24 @@ static suspends int complete_last_cluster(struct qcow *q)
 	return blk_resize(q->blk.below, round_up(file_size, q->cluster_size), 0, NULL);
 }
 
+/* A data file that was cut short reads as zeroes from its end on; for writing it has the disk's length. */
+static suspends int complete_data_file(struct qcow *q)
+{
+	const struct blk_caps *caps = blk_caps(q->data);
+
+	if (!q->data_file || !caps->grows || caps->size >= q->header.size)
+		return 0;
+	return blk_resize(q->data, q->header.size, 0, NULL);
+}
+
 static suspends int begin_writing(struct qcow *q)
 {
 	uint64_t autoclear = q->header.autoclear & QCOW_AUTOCLEAR_RAW_DATA_FILE;
 	uint64_t incompatible = q->header.incompatible;
 	int ret = complete_last_cluster(q);
 
+	if (!ret)
+		ret = complete_data_file(q);
 	if (ret)
 		return ret;
 	if (q->opt_lazy_refcounts)
