@@ -226,8 +226,8 @@ size_t nbd_line_space(const struct nbd_line *line); /* for more, behind conn->fi
 int nbd_line_received(struct nbd_line *line, size_t bytes);
 /* For one more request that will take so much with nbd_line_payload_get(). */
 bool nbd_line_has_room(const struct nbd_line *line, size_t payload_bytes);
-/* There is not enough of either: sees to it that there will be. */
-void nbd_line_wants_room(struct nbd_line *line);
+/* Not much of either is left, or (full) too little: sees to it that there will be more. */
+void nbd_line_wants_room(struct nbd_line *line, bool full);
 void nbd_line_enter(struct nbd_line *line, struct nbd_request *request);
 
 uint8_t *nbd_line_payload_get(struct nbd_request *request, size_t size_bytes);

@@ -12,9 +12,9 @@
  *	- A change by anybody else, a client of the NBD door, is in no journal. Where it overlaps, what is
  *	  kept is flushed first. Flushes by others free entries as well.
  *
- * When entries or their payloads run short, the door flushes by itself. If that fails, the entries go
- * nevertheless: the disk's own layers remember a failed flush and tell the next one who asks, so all that
- * is given up is the protection against a kill on a disk that is failing.
+ * When entries or their payloads run short, the door flushes by itself. If that fails, nobody has been told of it
+ * yet, and what is kept stays: a successor does it again, on a disk that may work by then. Only when there is no
+ * room for a single request more, and one more flush has failed, it goes; that is said once.
  */
 #include <errno.h>
 #include <string.h>
@@ -83,19 +83,38 @@ void journal_done(struct nbd_held *held)
 	journal_step();
 	journal->kept_count++;
 	if (runs_short(held->line))
-		nbd_line_wants_room(held->line);
+		nbd_line_wants_room(held->line, false);
 }
 
 /* --- flushing --------------------------------------------------------------------------------- */
 
-static suspends int flush(struct nbd_journal *journal, bool forget_always)
+/* The disk does not flush, and requests wait for the room. */
+static void give_up(struct nbd_journal *journal, uint64_t epoch, int ret)
+{
+	if (!journal->gave_up)
+		blk_notice(journal->export->blk,
+			"cannot be flushed (%s), and there is no room to keep what was written "
+			"since: "
+			"what is not flushed is lost if the server is killed now",
+			strerror(-ret));
+	journal->gave_up = true;
+	forget_until(journal, epoch);
+}
+
+static suspends int flush(struct nbd_journal *journal)
 {
 	uint64_t epoch = journal->epoch++;
 
 	co_group_enter(&journal->flushes);
 	int ret = blk_flush(journal->export->blk);
-	if (!ret || forget_always)
+	journal->flush_failed = ret;
+	if (!ret) {
+		journal->gave_up = false;
 		forget_until(journal, epoch);
+	} else if (journal->full) {
+		give_up(journal, epoch, ret);
+	}
+	journal->full = false;
 	for (unsigned i = 0; i < journal->line_count; i++)
 		if (journal->lines[i].conn)
 			co_queue_wake_all(&journal->lines[i].conn->room);
@@ -107,15 +126,16 @@ static suspends void flush_itself(void *arg)
 {
 	struct nbd_journal *journal = arg;
 
-	flush(journal, true);
+	flush(journal);
 	journal->flushing_itself = false;
 }
 
-void nbd_line_wants_room(struct nbd_line *line)
+void nbd_line_wants_room(struct nbd_line *line, bool full)
 {
 	struct nbd_journal *journal = line->journal;
 
-	if (journal->flushing_itself || !journal->kept_count)
+	journal->full = journal->full || full;
+	if (journal->flushing_itself || !journal->kept_count || (journal->flush_failed && !full))
 		return;
 	journal->flushing_itself = true;
 	co_start(flush_itself, journal);
@@ -123,7 +143,7 @@ void nbd_line_wants_room(struct nbd_line *line)
 
 suspends int nbd_journal_flush(struct nbd_journal *journal)
 {
-	return flush(journal, false);
+	return flush(journal);
 }
 
 static bool has_any_to_lose(const struct nbd_journal *journal)
@@ -138,7 +158,7 @@ suspends int nbd_journal_settle(struct nbd_export *export)
 {
 	if (!export->journal || !has_any_to_lose(export->journal))
 		return 0;
-	return flush(export->journal, false);
+	return flush(export->journal);
 }
 
 /* --- changes ---------------------------------------------------------------------------------- */
@@ -164,7 +184,7 @@ suspends int nbd_journal_change(struct nbd_journal *journal, struct nbd_request 
 
 	if (!request->held) {
 		if (overlaps)
-			ret = flush(journal, false);
+			ret = flush(journal);
 		return ret ? ret : nbd_change(journal->export->blk, &change);
 	}
 	if (!overlaps) {
@@ -175,7 +195,7 @@ suspends int nbd_journal_change(struct nbd_journal *journal, struct nbd_request 
 	change.flags &= (uint16_t)~NBD_CMD_FLAG_FUA;
 	ret = nbd_change(journal->export->blk, &change);
 	if (!ret && fua)
-		ret = flush(journal, false);
+		ret = flush(journal);
 	return ret;
 }
 

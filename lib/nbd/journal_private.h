@@ -153,6 +153,9 @@ struct nbd_journal {
 	uint64_t epoch;         /* goes up when a flush begins */
 	uint64_t durable_epoch; /* what was done up to then is durable */
 	bool flushing_itself;
+	bool flush_failed; /* the last one */
+	bool full;         /* a request waits for room */
+	bool gave_up;      /* since the last one that did not fail */
 	struct co_group flushes;
 };
 

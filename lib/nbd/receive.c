@@ -142,7 +142,7 @@ static suspends int wait_for_room(struct nbd_conn *conn, size_t size_bytes)
 	while (!stopped(conn) && !has_room(conn, size_bytes)) {
 		pause_batch(conn);
 		if (conn->line)
-			nbd_line_wants_room(conn->line);
+			nbd_line_wants_room(conn->line, !nbd_line_has_room(conn->line, size_bytes));
 		/* Sending may have made room just now. */
 		if (!stopped(conn) && !has_room(conn, size_bytes))
 			co_queue_wait(&conn->room);
@@ -173,7 +173,7 @@ static suspends int wait_for_space(struct nbd_conn *conn, size_t space_bytes)
 {
 	while (!stopped(conn) && nbd_line_space(conn->line) < space_bytes) {
 		pause_batch(conn);
-		nbd_line_wants_room(conn->line);
+		nbd_line_wants_room(conn->line, true);
 		if (!stopped(conn) && nbd_line_space(conn->line) < space_bytes)
 			co_queue_wait(&conn->room);
 		conn->batching = true;

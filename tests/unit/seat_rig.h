@@ -63,6 +63,8 @@ struct seat_rig {
 
 	int visitor_fds[2]; /* where there is one: a client of another door, and the server's end */
 
+	void (*notice)(const struct blk *blk, const char *text); /* of the server's disk */
+
 	pid_t server;
 	int stop_fd; /* a byte parks the server */
 	unsigned long kills, parks;
@@ -157,6 +159,7 @@ static suspends void seat_server_main(void *arg)
 
 	blk_env_init(&env);
 	env.successor = true;
+	env.notice = rig->notice;
 	if (stack_open(conf, &env, false, &blk, &err)) {
 		fprintf(stderr, "stack: %s\n", err.text);
 		_exit(SEAT_EXIT_BROKEN);

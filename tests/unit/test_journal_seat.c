@@ -145,6 +145,58 @@ START_TEST(test_visitor)
 }
 END_TEST
 
+/* --- a disk that does not flush --------------------------------------------------------------- */
+
+#define NEVER_FLUSHED                                         \
+	"( { layer = 'fault'; ops = ['flush']; every = 1 }, " \
+	"{ layer = 'qcow' }, "                                \
+	"{ layer = 'file'; path = 'disk.qcow2'; sync = 'none' } )"
+
+static void note_it(const struct blk *blk, const char *text)
+{
+	int fd = open("noticed", O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
+
+	require(blk && strstr(text, "cannot be flushed") && fd >= 0);
+	close(fd);
+}
+
+static void write_so_much(struct seat_rig *rig, unsigned bytes)
+{
+	const unsigned piece_bytes = 128U << 10;
+
+	for (unsigned off = 0; off < bytes; off += piece_bytes)
+		seat_do(rig, (struct seat_op){ .type = NBD_CMD_WRITE,
+				     .len = piece_bytes,
+				     .off = off % SEAT_DISK_BYTES });
+}
+
+/*
+ * The door's own flush fails, which the device has not been told: what it wrote is there after a kill. When no more
+ * can be kept, that is said and the device goes on.
+ */
+START_TEST(test_flush_fails)
+{
+	const bool full = _i;
+	struct seat_rig rig;
+
+	seat_make_qcow();
+	unlink("noticed");
+	seat_rig_init(&rig, NEVER_FLUSHED, 1);
+	rig.notice = note_it;
+	seat_start(&rig, 0);
+	write_so_much(&rig, full ? 3 * JOURNAL_RING_MIN_BYTES : JOURNAL_RING_MIN_BYTES * 3 / 4);
+	ck_assert_int_eq(!access("noticed", F_OK), full);
+	seat_kill(&rig);
+	rig.stack = SEAT_QCOW;
+	seat_start(&rig, 0);
+	if (!full)
+		seat_do(&rig, (struct seat_op){ .type = NBD_CMD_READ, .len = 1U << 20 });
+	seat_kill(&rig);
+	seat_check_qcow();
+	seat_rig_fini(&rig);
+}
+END_TEST
+
 /* --- what cannot be resumed ------------------------------------------------------------------- */
 
 START_TEST(test_memory)
@@ -296,6 +348,7 @@ static void fill(TCase *tcase)
 	tcase_set_timeout(tcase, 3600);
 	tcase_add_loop_test(tcase, test_each_step, 0, 2);
 	tcase_add_test(tcase, test_visitor);
+	tcase_add_loop_test(tcase, test_flush_fails, 0, 2);
 	tcase_add_test(tcase, test_memory);
 	tcase_add_test(tcase, test_refused);
 	tcase_add_test(tcase, test_spoiled);
