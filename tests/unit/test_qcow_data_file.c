@@ -36,6 +36,13 @@ struct load {
 	struct co_group workers;
 };
 
+static void make_image(size_t kind)
+{
+	image_must("rm -f data; qemu-img create -q -f qcow2 -o %s,data_file=data,data_file_raw=%s "
+		   "image.qcow2 %llu",
+		kinds[kind].options, kinds[kind].raw ? "on" : "off", (unsigned long long)DISK_SIZE);
+}
+
 /* --- what we write ---------------------------------------------------------------------------- */
 
 static suspends void write_some(struct load *load, uint64_t off, uint64_t len)
@@ -50,6 +57,19 @@ static suspends void write_some(struct load *load, uint64_t off, uint64_t len)
 	free(buf);
 }
 
+/* Anywhere, and often at either end of the disk. */
+static uint64_t some_off(struct seed *seed, uint64_t len)
+{
+	switch (seed_below(seed, 8)) {
+	case 0:
+		return 0;
+	case 1:
+		return DISK_SIZE - len;
+	default:
+		return seed_below(seed, DISK_SIZE - len);
+	}
+}
+
 static suspends void worker(void *arg)
 {
 	struct load *load = arg;
@@ -57,8 +77,7 @@ static suspends void worker(void *arg)
 	for (int i = 0; i < OPERATIONS; i++) {
 		uint64_t len = 1 +
 			       seed_below(&load->seed, seed_below(&load->seed, 5) ? 9000 : 400000);
-		uint64_t off = seed_below(&load->seed, 8) ? seed_below(&load->seed, DISK_SIZE - len)
-							  : DISK_SIZE - len;
+		uint64_t off = some_off(&load->seed, len);
 		unsigned what = (unsigned)seed_below(&load->seed, 10);
 		struct range range;
 
@@ -148,9 +167,7 @@ static suspends void run(size_t kind, int rounds, struct seed *seed)
 
 	printf("  %s%s\n", kinds[kind].options, kinds[kind].raw ? ", raw" : "");
 	fflush(stdout);
-	image_must("rm -f data; qemu-img create -q -f qcow2 -o %s,data_file=data,data_file_raw=%s "
-		   "image.qcow2 %llu",
-		kinds[kind].options, kinds[kind].raw ? "on" : "off", (unsigned long long)DISK_SIZE);
+	make_image(kind);
 	range_lock_init(&load.busy);
 	co_group_init(&load.workers);
 	for (int round = 0; round < rounds; round++) {
@@ -183,12 +200,50 @@ CO_TEST(test_in_turn_with_qemu)
 		run(i, given ? atoi(given) : 2, &seed);
 }
 
+/* --- zeroes and space ------------------------------------------------------------------------- */
+
+#define PART UINT64_C(131072) /* two of the largest clusters */
+
+static suspends void expect_zeroes(struct blk *blk, uint64_t off, uint64_t len)
+{
+	uint8_t *buf = malloc(len);
+
+	ck_assert_int_eq(blk_read(blk, off, buf, len), 0);
+	for (uint64_t i = 0; i < len; i++)
+		ck_assert_msg(!buf[i], "byte %llu is %#x", (unsigned long long)(off + i), buf[i]);
+	free(buf);
+}
+
+/* The first cluster lies at offset 0 of the data file, which is no offset at all in other images. */
+CO_TEST(test_zero_the_first_cluster)
+{
+	struct load load = { .content = malloc(PART) };
+
+	memset(load.content, 7, PART);
+	for (size_t i = 0; i < ARRAY_LEN(kinds) * 3; i++) {
+		make_image(i / 3);
+		open_image(&load);
+		ck_assert_int_eq(blk_write(load.stack.top, 0, load.content, PART, 0), 0);
+		ck_assert_int_eq(i % 3 == 0   ? blk_discard(load.stack.top, 0, PART, 0)
+				 : i % 3 == 1 ? blk_zero(load.stack.top, 0, PART, 0)
+					      : blk_zero(load.stack.top, 0, PART, BLK_NO_HOLE),
+			0);
+		expect_zeroes(load.stack.top, 0, PART);
+		test_stack_close(&load.stack);
+		image_check("image.qcow2", false);
+		image_must("qemu-io -f qcow2 -c 'read -P 0 0 %llu' image.qcow2 >read.log",
+			(unsigned long long)PART);
+	}
+	free(load.content);
+}
+
 int main(void)
 {
 	Suite *suite = suite_create("qcow data file");
 	TCase *tcase = tcase_create("data file");
 
 	tcase_set_timeout(tcase, 1000);
+	tcase_add_test(tcase, test_zero_the_first_cluster);
 	tcase_add_test(tcase, test_in_turn_with_qemu);
 	suite_add_tcase(suite, tcase);
 	return co_test_suite(suite);

@@ -59,8 +59,7 @@ struct l2_entry qcow_entry_decode(const struct qcow *q, const uint8_t *raw)
 	}
 	/* The zero flag does not exist in version 2 (format, "Standard Cluster Descriptor"). */
 	entry.zero_bits = q->header.version == 3 && value & QCOW_ENTRY_ZERO;
-	/* Offset 0 is a host offset only in a data file, and then the copied bit is set. */
-	entry.alloc_bits = !entry.zero_bits && (entry.host_off || (q->data_file && entry.copied));
+	entry.alloc_bits = !entry.zero_bits && qcow_entry_has_host(q, &entry);
 	return entry;
 }
 
@@ -198,7 +197,7 @@ static bool continues(const struct qcow *q, const struct run *run, const struct 
 		return entry->host_off == run->host_off + run->len &&
 		       entry->copied == run->in_place;
 	if (run->kind == RUN_ZERO)
-		return (entry->host_off != 0) == run->has_host;
+		return qcow_entry_has_host(q, entry) == run->has_host;
 	return true;
 }
 
@@ -249,7 +248,7 @@ suspends int qcow_map(struct qcow *q, uint64_t guest_off, uint64_t max_len, stru
 	}
 	run->host_off = run->entry.host_off + in_cluster;
 	run->in_place = run->entry.copied;
-	run->has_host = run->entry.host_off;
+	run->has_host = qcow_entry_has_host(q, &run->entry);
 
 	unsigned same = same_kind(q, &run->entry, subcluster);
 	run->len = ((uint64_t)(subcluster + same) << q->subcluster_bits) - in_cluster;

@@ -271,6 +271,12 @@ struct l2_entry {
 	uint32_t compressed_len; /* bytes that may belong to it, in whole sectors from host_off's */
 };
 
+/* Offset 0 is a host offset only in a data file, and then the copied bit is set. */
+static inline bool qcow_entry_has_host(const struct qcow *q, const struct l2_entry *entry)
+{
+	return entry->host_off || (q->data_file && entry->copied);
+}
+
 struct l2_entry qcow_entry_decode(const struct qcow *q, const uint8_t *raw);
 void qcow_entry_encode(const struct qcow *q, const struct l2_entry *entry, uint8_t *raw);
 /* NULL, or what is wrong with an entry found at guest_off. */

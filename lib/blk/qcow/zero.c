@@ -30,11 +30,11 @@ static struct l2_entry zeroed_entry(
 	new.alloc_bits &= ~mask;
 	new.zero_bits = z->zero_flag || new.alloc_bits ? new.zero_bits | mask
 						       : new.zero_bits & ~mask;
-	if (!new.alloc_bits && (z->unmap || !new.copied) && !q->data_file) {
+	if (!new.alloc_bits && (z->unmap || !new.copied)) {
 		new.host_off = 0;
 		new.copied = false;
 	}
-	if (new.host_off && !new.alloc_bits && q->subclusters == 1)
+	if (qcow_entry_has_host(q, &new) && !new.alloc_bits && q->subclusters == 1)
 		new.zero_bits = 1; /* an allocated cluster without the flag would be data */
 	return new;
 }
@@ -45,7 +45,8 @@ static bool zero_entry(struct qcow *q, uint8_t *raw, uint32_t mask, const struct
 	struct l2_entry old = qcow_entry_decode(q, raw);
 	struct l2_entry new = zeroed_entry(q, &old, mask, z);
 
-	if (!old.compressed && old.host_off == new.host_off &&old.alloc_bits ==
+	if (!old.compressed && old.host_off == new.host_off &&old.copied ==
+				       new.copied &&old.alloc_bits ==
 				       new.alloc_bits &&old.zero_bits == new.zero_bits)
 		return false;
 	qcow_entry_encode(q, &new, raw);
