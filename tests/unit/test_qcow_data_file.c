@@ -237,6 +237,45 @@ CO_TEST(test_zero_the_first_cluster)
 	free(load.content);
 }
 
+static uint64_t data_file_space(void)
+{
+	struct stat st;
+
+	ck_assert_int_eq(stat("data", &st), 0);
+	return (uint64_t)st.st_blocks * 512;
+}
+
+/* File systems take a little more than is written. */
+static suspends void expect_space(size_t kind, const char *layer_options, bool given_back)
+{
+	struct test_stack stack;
+	uint8_t *buf = malloc(4 * PART);
+
+	memset(buf, 7, 4 * PART);
+	make_image(kind);
+	test_stack_open(&stack,
+		"( { layer = 'qcow'; %s data-file = ( { layer = 'file'; path = 'data' } ) },"
+		"  { layer = 'file'; path = 'image.qcow2' } )",
+		layer_options);
+	ck_assert_int_eq(blk_write(stack.top, 0, buf, 4 * PART, BLK_FUA), 0);
+	ck_assert_uint_ge(data_file_space(), 4 * PART);
+	ck_assert_int_eq(blk_discard(stack.top, PART, 3 * PART, 0), 0);
+	ck_assert((data_file_space() < 3 * PART) == given_back);
+	expect_zeroes(stack.top, PART, 3 * PART);
+	test_stack_close(&stack);
+	free(buf);
+}
+
+/* A discard punches the data file. */
+CO_TEST(test_discard_gives_space_back)
+{
+	for (size_t i = 0; i < ARRAY_LEN(kinds); i++) {
+		expect_space(i, "", true);
+		if (!kinds[i].raw)
+			expect_space(i, "discard = false;", false);
+	}
+}
+
 int main(void)
 {
 	Suite *suite = suite_create("qcow data file");
@@ -244,6 +283,7 @@ int main(void)
 
 	tcase_set_timeout(tcase, 1000);
 	tcase_add_test(tcase, test_zero_the_first_cluster);
+	tcase_add_test(tcase, test_discard_gives_space_back);
 	tcase_add_test(tcase, test_in_turn_with_qemu);
 	suite_add_tcase(suite, tcase);
 	return co_test_suite(suite);

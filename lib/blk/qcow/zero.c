@@ -143,6 +143,17 @@ static suspends int write_zeroes(struct qcow *q, uint64_t off, uint64_t end)
 	return 0;
 }
 
+/*
+ * What [off, end) had in the data file goes. The range reads as zeroes already, and is held exclusively. After a
+ * power cut the old entry may be back and find the hole: zeroes too. A failure costs space only.
+ */
+static suspends void punch_data_file(struct qcow *q, uint64_t off, uint64_t end)
+{
+	end = MIN(end, blk_caps(q->data)->size);
+	if (q->opt_discard && off < end)
+		blk_discard(q->data, off, end - off, 0);
+}
+
 /* A stretch of whole subclusters. */
 static suspends int zero_mapped(
 	struct qcow *q, uint64_t off, uint64_t end, const struct zeroing *z, bool keep)
@@ -165,6 +176,8 @@ static suspends int zero_mapped(
 		range_lock_acquire(&q->writes, &range, start,
 			round_up(part_end, q->cluster_size) - start, true);
 		ret = zero_in_slice(q, off, part_end, z, keep, &done_end);
+		if (!ret && q->data_file && z->unmap)
+			punch_data_file(q, off, done_end);
 		range_lock_release(&q->writes, &range);
 		if (ret)
 			return ret;
