@@ -100,7 +100,7 @@ const char *qcow_entry_fault(const struct qcow *q, const struct l2_entry *entry,
 		return entry->alloc_bits ? "allocated subclusters without a host cluster" : NULL;
 	if (!is_aligned(entry->host_off, q->cluster_size))
 		return "host offset not aligned to a cluster";
-	if (entry->alloc_bits && entry->host_off >= file_size)
+	if (entry->host_off >= file_size)
 		return "host offset beyond the end of the file";
 	if (qcow_is_metadata(q, entry->host_off >> q->cluster_bits))
 		return "host cluster holds metadata";
