@@ -39,7 +39,7 @@ static const struct opt qcow_options[] = {
 		.fallback = "false",
 		.help = "mark the image dirty while in use: repaired after a crash (version 3)" },
 	{ "discard", OPT_BOOL, offsetof(struct qcow, opt_discard), .fallback = "true",
-		.help = "punch clusters that become free out of the file" },
+		.help = "punch clusters that become free out of the file, or data file" },
 	{ "commit-interval", OPT_INT, offsetof(struct qcow, opt_commit_interval_s), .fallback = "5",
 		.min = 1, .max = 3600, .help = "seconds until metadata nobody flushed is written" },
 	{ "compact-after", OPT_STRING, offsetof(struct qcow, opt_compact_after),

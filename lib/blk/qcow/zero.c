@@ -39,15 +39,20 @@ static struct l2_entry zeroed_entry(
 	return new;
 }
 
+static bool same_entry(const struct l2_entry *a, const struct l2_entry *b)
+{
+	return a->host_off == b->host_off && a->copied == b->copied &&
+	       a->compressed == b->compressed && a->alloc_bits == b->alloc_bits &&
+	       a->zero_bits == b->zero_bits;
+}
+
 /* Applies mask to one entry. Returns true when it changed. */
 static bool zero_entry(struct qcow *q, uint8_t *raw, uint32_t mask, const struct zeroing *z)
 {
 	struct l2_entry old = qcow_entry_decode(q, raw);
 	struct l2_entry new = zeroed_entry(q, &old, mask, z);
 
-	if (!old.compressed && old.host_off == new.host_off &&old.copied ==
-				       new.copied &&old.alloc_bits ==
-				       new.alloc_bits &&old.zero_bits == new.zero_bits)
+	if (same_entry(&old, &new))
 		return false;
 	qcow_entry_encode(q, &new, raw);
 	if (old.compressed || (old.host_off && !new.host_off))
