@@ -21,6 +21,20 @@
 #include "base/util.h"
 #include "rt/tls.h"
 
+#define EVENTS (EPOLLIN | EPOLLRDHUP | EPOLLET)
+
+/*
+ * Is it asked whether the socket is writable? Only from a send that came short on: a local socket makes an
+ * edge of every piece that the peer takes out, which would wake us once more for each reply.
+ */
+static void watch_writable(struct stream *stream, bool on)
+{
+	if (stream->watches_writable == on)
+		return;
+	stream->watches_writable = on;
+	watch_modify(&stream->watch, on ? EVENTS | EPOLLOUT : EVENTS);
+}
+
 static void stream_event(struct watch *watch, uint32_t epoll_events)
 {
 	struct stream *stream = container_of(watch, struct stream, watch);
@@ -32,6 +46,8 @@ static void stream_event(struct watch *watch, uint32_t epoll_events)
 		co_queue_wake_one(&stream->reader);
 	}
 	if (epoll_events & (EPOLLOUT | EPOLLHUP | EPOLLERR)) {
+		if (stream->writable)
+			watch_writable(stream, false); /* no news */
 		stream->writable = true;
 		co_queue_wake_one(&stream->writer);
 	}
@@ -47,8 +63,7 @@ int stream_init(struct stream *stream, int fd)
 	if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK))
 		ret = -errno;
 	if (!ret)
-		ret = watch_add(&stream->watch, fd, EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET,
-			stream_event);
+		ret = watch_add(&stream->watch, fd, EVENTS, stream_event);
 	if (ret) {
 		close(fd);
 		stream->fd = -1;
@@ -194,8 +209,10 @@ ssize_t stream_socket_send(struct stream *stream, const struct iovec *iov, int i
 	if (count < 0 && errno != EAGAIN)
 		return -errno;
 	count = MAX(count, 0);
-	if ((size_t)count < iov_total_bytes(iov, (int)message.msg_iovlen))
+	if ((size_t)count < iov_total_bytes(iov, (int)message.msg_iovlen)) {
 		stream->writable = false;
+		watch_writable(stream, true);
+	}
 	return count;
 }
 

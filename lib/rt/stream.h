@@ -26,6 +26,7 @@ struct stream {
 	struct tls *tls; /* owned; NULL: plain */
 	struct watch watch;
 	bool readable, writable, hung_up, cancelled, reading_cancelled;
+	bool watches_writable;
 	bool filled; /* the last receive took all it was given room for */
 	struct co_queue reader, writer;
 };
