@@ -23,7 +23,9 @@
 #include "base/log.h"
 #include "base/util.h"
 #include "daemon/keeper_private.h"
+#include "daemon/kernel-memory.h"
 #include "daemon/kernel-name.h"
+#include "nbd/journal.h"
 
 enum event_kind { JOB_DONE, DEV_ENDED };
 
@@ -93,6 +95,20 @@ static struct held *find(struct keeper *keeper, uint32_t slot)
 
 /* --- what jobs do, on their threads ----------------------------------------------------------- */
 
+/* A journal that outlives the keeper, as the device does. Without it the server brings one that does not. */
+static void open_memory(struct held *held)
+{
+	const char *name = kernel_dev_name(held->dev);
+	size_t size_bytes = nbd_journal_size(held->ends.count, NBD_JOURNAL_ARENA_DEFAULT_BYTES);
+	struct err err;
+
+	if (kernel_memory_open(name, size_bytes, &held->journal, &err))
+		log_warning("keeper: /dev/%s cannot be taken up after a death of the keeper if its "
+			    "disk "
+			    "caches writes: %s",
+			name, err.text);
+}
+
 static int run_claim(struct held *held, struct err *err)
 {
 	const struct keeper_message *facts = &held->facts;
@@ -108,7 +124,10 @@ static int run_claim(struct held *held, struct err *err)
 		.flags = (uint16_t)facts->flags,
 	};
 
-	return kernel_dev_claim(&opts, dev_ended, held, &held->dev, &held->ends, err);
+	int ret = kernel_dev_claim(&opts, dev_ended, held, &held->dev, &held->ends, err);
+	if (!ret && kernel_dev_mode(held->dev) == KERNEL_DEV_NETLINK)
+		open_memory(held);
+	return ret;
 }
 
 static int run_settle(struct held *held, struct err *err)
@@ -140,6 +159,8 @@ static int run_release(struct held *held, struct err *err)
 
 static int run_free(struct held *held, struct err *err)
 {
+	if (held->job.request.force)
+		kernel_dev_disown(held->dev);
 	kernel_name_forget(kernel_dev_name(held->dev));
 	kernel_dev_free(held->dev);
 	return 0;
@@ -183,7 +204,7 @@ static void refuse(
 }
 
 /* A device with what the server needs to serve it. */
-static void hand_out(struct held *held, uint32_t id, bool journal)
+static void hand_out(struct held *held, uint32_t id)
 {
 	struct keeper_message answer = held->facts;
 	int fds[KEEPER_FDS_MAX];
@@ -193,13 +214,14 @@ static void hand_out(struct held *held, uint32_t id, bool journal)
 		fds[count++] = held->ends.server[i];
 	for (unsigned i = 0; i < held->ends.count; i++)
 		fds[count++] = held->ends.driver[i];
-	if (journal && held->journal >= 0)
+	if (held->journal >= 0)
 		fds[count++] = held->journal;
 	answer.id = id;
 	answer.ret = 0;
 	answer.slot = held->slot;
 	answer.connections = held->ends.count;
 	answer.mode = (uint32_t)kernel_dev_mode(held->dev);
+	answer.adopted = kernel_dev_adopted(held->dev);
 	answer.ended = held->ended ? 1 + (uint32_t)held->end_reason : 0;
 	snprintf(answer.device, sizeof(answer.device), "%s", kernel_dev_name(held->dev));
 	keeper_say(held->keeper, KEEPER_ANSWER, &answer, fds, count);
@@ -215,7 +237,7 @@ static void answer_job(struct held *held)
 	if (job->ret)
 		snprintf(answer.text, sizeof(answer.text), "%s", job->err.text);
 	if (job->run == run_claim && !job->ret)
-		hand_out(held, job->request.id, false);
+		hand_out(held, job->request.id);
 	else
 		keeper_say(held->keeper, KEEPER_ANSWER, &answer, NULL, 0);
 }
@@ -329,7 +351,7 @@ static void next(struct keeper *keeper, const struct keeper_message *request)
 		if (!held || claiming || held->job.run == run_free)
 			continue;
 		held->facts.restarts++; /* the servers that got it after the one that claimed it */
-		return hand_out(held, request->id, true);
+		return hand_out(held, request->id);
 	}
 	refuse(keeper, request, ENOENT, "no more devices");
 }

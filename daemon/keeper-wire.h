@@ -11,7 +11,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#define KEEPER_VERSION 1 /* keeper and server must agree, also across an upgrade of the server */
+#define KEEPER_VERSION 2 /* keeper and server must agree, also across an upgrade of the server */
 
 #define KEEPER_DEVICES_MAX     256
 #define KEEPER_LISTENERS_MAX   64
@@ -27,16 +27,16 @@ enum keeper_word {
 	KEEPER_HELLO = 1, /* version. Answer: restarts, text: why the last server ended */
 	KEEPER_NEXT, /* slot. Answer: the first device held at or after it, as CLAIM's; -ENOENT: none */
 	/* export, device, sizes, flags, connections. Answer: slot, device, connections; the server's ends,
-	   as many of the driver's, and with NEXT the journal. */
+	   as many of the driver's, and the journal if there is one. */
 	KEEPER_CLAIM,
 	KEEPER_JOURNAL, /* slot, as all that follow; memory, for the next server */
 	KEEPER_SETTLE,
 	KEEPER_RESIZE,  /* size_bytes */
 	KEEPER_USERS,   /* an error says who uses it */
 	KEEPER_RELEASE, /* force */
-	KEEPER_FREE,
-	KEEPER_FORGET, /* all listening sockets but those of the service manager */
-	KEEPER_KEEP,   /* a listening socket: the next server gets it too */
+	KEEPER_FREE,    /* force: what is on it is lost, so it is disconnected in any case */
+	KEEPER_FORGET,  /* all listening sockets but those of the service manager */
+	KEEPER_KEEP,    /* a listening socket: the next server gets it too */
 	/* force: also if it is the one that runs (else -EALREADY). */
 	KEEPER_UPGRADE, /* start the program that is installed now when this server has ended */
 
@@ -65,9 +65,11 @@ struct keeper_message {
 	uint32_t block_size, timeout_s, dead_timeout_s; /* as in kernel_dev_opts */
 	uint32_t flags, mode, connections;
 	uint32_t force;
-	uint32_t by_hand;  /* of a claim: the export is not in the config */
-	uint32_t settled;  /* the device is ready for its users */
-	uint32_t ended;    /* 0: the driver has it still; else 1 and the errno why not */
+	uint32_t by_hand; /* of a claim: the export is not in the config */
+	uint32_t settled; /* the device is ready for its users */
+	uint32_t ended;   /* 0: the driver has it still; else 1 and the errno why not */
+	uint32_t
+		adopted; /* a keeper before this one attached it: not all that its servers did is known */
 	uint32_t restarts; /* servers started before this one; of a device: that had it before */
 	uint64_t size_bytes;
 	uint64_t watchdog_ns; /* ALIVE is wanted twice in that time; 0: never */

@@ -39,6 +39,7 @@
 #include "base/util.h"
 #include "daemon/kernel-dev_private.h"
 #include "daemon/kernel-lock.h"
+#include "daemon/kernel-memory.h"
 #include "daemon/kernel-netlink.h"
 
 #define STEP_MS          20
@@ -375,6 +376,8 @@ static int netlink_claim(struct kernel_dev *dev, struct err *err)
 	if (ret)
 		return ret;
 	kernel_dev_note(dev);
+	if (!dev->adopted)
+		kernel_memory_forget(dev->name); /* an earlier device's */
 	ret = start_watching(dev, err);
 	if (ret && !dev->adopted)
 		netlink_disconnect(dev, NULL);

@@ -35,6 +35,7 @@
 #include "base/util.h"
 #include "daemon/kernel-dev_private.h"
 #include "daemon/kernel-lock.h"
+#include "daemon/kernel-memory.h"
 #include "daemon/kernel-udev.h"
 #include "daemon/kernel-users.h"
 #include "rt/buf.h"
@@ -87,6 +88,11 @@ const char *kernel_dev_name(const struct kernel_dev *dev)
 enum kernel_dev_mode kernel_dev_mode(const struct kernel_dev *dev)
 {
 	return dev->how->mode;
+}
+
+bool kernel_dev_adopted(const struct kernel_dev *dev)
+{
+	return dev->adopted;
 }
 
 static void device_path(const struct kernel_dev *dev, char path[KERNEL_NAME_LEN + 8])
@@ -689,6 +695,14 @@ int kernel_dev_release(struct kernel_dev *dev, bool force, struct err *err)
 	return err_set(err, ETIMEDOUT, "%s: requests in flight do not end", path);
 }
 
+void kernel_dev_disown(struct kernel_dev *dev)
+{
+	/* Nobody reads them: telling the driver would wait for room. */
+	for (unsigned i = 0; i < dev->opts.connections; i++)
+		shutdown(dev->kernel_sock[i], SHUT_RDWR);
+	dev->settled = dev->adopted = false;
+}
+
 void kernel_dev_free(struct kernel_dev *dev)
 {
 	char path[KERNEL_NAME_LEN + 8];
@@ -710,6 +724,7 @@ void kernel_dev_free(struct kernel_dev *dev)
 		device_path(dev, path);
 		dev->fd = open(path, O_RDONLY | O_CLOEXEC);
 		close_fd(&dev->fd);
+		kernel_memory_forget(dev->name);
 	}
 	close_fd(&dev->lock);
 	pthread_cond_destroy(&dev->changed);

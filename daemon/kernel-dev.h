@@ -88,8 +88,15 @@ int kernel_dev_users(const struct kernel_dev *dev, struct err *err);
  */
 int kernel_dev_release(struct kernel_dev *dev, bool force, struct err *err);
 
-/* Disconnects if need be (without a flush), waits for the driver, frees. NULL is fine. */
+/* What was on it is lost: breaks its connections now, and kernel_dev_free() disconnects it. */
+void kernel_dev_disown(struct kernel_dev *dev);
+
+/*
+ * Disconnects if need be (without a flush), waits for the driver, frees. By netlink a device that somebody may use stays,
+ * unless it was disowned. NULL is fine.
+ */
 void kernel_dev_free(struct kernel_dev *dev);
 
 const char *kernel_dev_name(const struct kernel_dev *dev);          /* "nbd0" */
 enum kernel_dev_mode kernel_dev_mode(const struct kernel_dev *dev); /* not AUTO */
+bool kernel_dev_adopted(const struct kernel_dev *dev); /* attached by a process that is gone */

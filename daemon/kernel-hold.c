@@ -112,6 +112,8 @@ static int call_release(struct call *call)
 
 static int call_free(struct call *call)
 {
+	if (call->force)
+		kernel_dev_disown(call->hold->dev);
 	kernel_name_forget(call->hold->name);
 	kernel_dev_free(call->hold->dev);
 	return 0;
@@ -196,6 +198,7 @@ static suspends int claim_there(struct kernel_hold *hold, struct err *err)
 	snprintf(hold->name, sizeof(hold->name), "%.*s", KERNEL_NAME_LEN - 1, message.device);
 	hold->opts.mode = (enum kernel_dev_mode)message.mode;
 	hold->opts.connections = hold->ends.count;
+	hold->adopted = message.adopted;
 	hold->kept.slot = message.slot;
 	list_push_back(&hold->keeper->devices, &hold->kept.link);
 	return 0;
@@ -212,6 +215,7 @@ suspends int kernel_hold_claim(struct kernel_hold *hold, struct err *err)
 		return ret;
 	snprintf(hold->name, sizeof(hold->name), "%s", kernel_dev_name(hold->dev));
 	hold->opts.mode = kernel_dev_mode(hold->dev);
+	hold->adopted = kernel_dev_adopted(hold->dev);
 	hold->opts.connections = hold->ends.count;
 	return 0;
 }
@@ -241,6 +245,7 @@ suspends int kernel_hold_take_over(struct kernel_hold *hold, struct keeper_link 
 	hold->ended = message.ended;
 	hold->end_reason = message.ended ? (int)message.ended - 1 : 0;
 	hold->taken_over = message.restarts;
+	hold->adopted = message.adopted;
 	hold->settled = message.settled;
 	hold->by_hand = message.by_hand;
 	hold->kept.slot = message.slot;
@@ -311,20 +316,20 @@ suspends int kernel_hold_release(struct kernel_hold *hold, bool force, struct er
 	return hold->keeper ? request(hold, KEEPER_RELEASE, 0, force, err) : call_blocking(&call);
 }
 
-static suspends void free_there(struct kernel_hold *hold)
+static suspends void free_there(struct kernel_hold *hold, bool lost)
 {
 	struct err err;
 
-	while (request(hold, KEEPER_FREE, 0, false, &err) == -EBUSY)
+	while (request(hold, KEEPER_FREE, 0, lost, &err) == -EBUSY)
 		co_sleep_ns(NS_PER_SEC / 10); /* a call of a predecessor's is under way */
 }
 
-suspends void kernel_hold_disconnect(struct kernel_hold *hold)
+suspends void kernel_hold_disconnect(struct kernel_hold *hold, bool lost)
 {
-	struct call call = { .fn = call_free, .hold = hold };
+	struct call call = { .fn = call_free, .hold = hold, .force = lost };
 
 	if (hold->keeper && *hold->name) {
-		free_there(hold);
+		free_there(hold, lost);
 	} else if (hold->dev) {
 		/* Without a thread it blocks this reactor: the lesser evil at the end of memory. */
 		if (call_blocking(&call))

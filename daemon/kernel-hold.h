@@ -25,6 +25,7 @@ struct kernel_hold {
 	struct kernel_ends ends;    /* the door's to use and to close */
 	int journal;         /* from the keeper: what the servers before wrote; -1: nothing */
 	unsigned taken_over; /* servers that had it before this one */
+	bool adopted; /* a process that is gone attached it, the keeper of its time included */
 
 	bool by_hand; /* the export came by a command: no config has it */
 	bool settled;
@@ -63,8 +64,11 @@ suspends int kernel_hold_resize(struct kernel_hold *hold, uint64_t size_bytes, s
 suspends int kernel_hold_check_unused(struct kernel_hold *hold, struct err *err);
 suspends int kernel_hold_release(struct kernel_hold *hold, bool force, struct err *err);
 
-/* Disconnects if need be, and returns when nothing is held any more. The ends stay open. */
-suspends void kernel_hold_disconnect(struct kernel_hold *hold);
+/*
+ * Disconnects if need be, and returns when nothing is held any more. The ends stay open. lost: as
+ * kernel_dev_disown().
+ */
+suspends void kernel_hold_disconnect(struct kernel_hold *hold, bool lost);
 /* The last call. Closes the ends; the keeper goes on holding what was not disconnected. */
 void kernel_hold_leave(struct kernel_hold *hold);
 /* What a door that took over tells that a claim would have been told. */

@@ -78,12 +78,12 @@ static suspends void close_journal(struct kernel_door *door)
 		co_call_on(door->nbd->home, close_journal_call, door);
 }
 
-/* Gives the device up, gently or not, and frees the door. */
-static suspends void door_free(struct kernel_door *door)
+/* Gives the device up, gently or not, and frees the door. lost: nobody shall take it up later. */
+static suspends void door_free(struct kernel_door *door, bool lost)
 {
 	door->detaching = true;
 	list_remove(&door->link);
-	kernel_hold_disconnect(&door->hold);
+	kernel_hold_disconnect(&door->hold, lost);
 	close_journal(door);
 	kernel_hold_leave(&door->hold);
 	free(door);
@@ -184,7 +184,11 @@ static void open_journal(void *arg)
 	struct opening *opening = arg;
 	struct kernel_door *door = opening->door;
 	const struct kernel_ends *ends = &door->hold.ends;
-	struct nbd_seat seat = { .memory_fd = door->hold.journal, .connections = ends->count };
+	struct nbd_seat seat = {
+		.memory_fd = door->hold.journal,
+		.connections = ends->count,
+		.inherited = door->hold.adopted,
+	};
 
 	for (unsigned i = 0; i < ends->count; i++)
 		seat.ends[i] = (struct nbd_seat_ends){ ends->server[i], ends->driver[i] };
@@ -214,6 +218,17 @@ static suspends int serve_with_journal(struct kernel_door *door, struct err *err
 	return ret;
 }
 
+/* Without a journal nobody knows what was acknowledged by who had the device before. */
+static int check_inherited(const struct kernel_door *door, struct err *err)
+{
+	const struct blk_caps *caps = blk_caps(door->nbd->blk);
+
+	if (!door->hold.adopted || (!caps->caches_writes && !caps->dies_with_process))
+		return 0;
+	return err_set(err, ENOTRECOVERABLE,
+		"what its disk held in the memory of the daemon that is gone is lost");
+}
+
 static suspends int serve_all(struct kernel_door *door, struct err *err)
 {
 	struct kernel_ends *ends = &door->hold.ends;
@@ -222,6 +237,7 @@ static suspends int serve_all(struct kernel_door *door, struct err *err)
 	snprintf(door->device, sizeof(door->device), "/dev/%s", door->hold.name);
 	if (door->hold.keeper)
 		return serve_with_journal(door, err);
+	ret = check_inherited(door, err);
 	for (unsigned i = 0; i < ends->count && !ret; i++)
 		ret = start_serving(door, take_fd(&ends->server[i]), 0, err);
 	kernel_ends_close(ends);
@@ -255,7 +271,7 @@ static struct kernel_door *door_new(const struct kernel_opts *opts)
 	return door;
 }
 
-suspends int kernel_attach(
+static suspends int attach_once(
 	const struct kernel_opts *opts, struct kernel_door **door, struct err *err)
 {
 	struct kernel_door *new = door_new(opts);
@@ -270,12 +286,26 @@ suspends int kernel_attach(
 		log_warning("export \"%s\": %s", new->nbd->name, unsettled.text);
 	if (!ret && new->hold.ended)
 		ret = err_set(err, EIO, "%s is lost already: %s", new->device, end_text(new));
+	if (ret == -ENOTRECOVERABLE)
+		log_error("export \"%s\": %s, left by a daemon before this one, is disconnected, "
+			  "and its "
+			  "users get errors: %s",
+			new->nbd->name, new->device, err->text);
 	if (ret) {
-		door_free(new);
+		door_free(new, ret == -ENOTRECOVERABLE);
 		return ret;
 	}
 	*door = new;
 	return 0;
+}
+
+suspends int kernel_attach(
+	const struct kernel_opts *opts, struct kernel_door **door, struct err *err)
+{
+	int ret = attach_once(opts, door, err);
+
+	/* That one is gone; now for one that begins with what the disk has. */
+	return ret == -ENOTRECOVERABLE ? attach_once(opts, door, err) : ret;
 }
 
 suspends int kernel_detach(struct kernel_door *door, bool force, struct err *err)
@@ -286,7 +316,7 @@ suspends int kernel_detach(struct kernel_door *door, bool force, struct err *err
 		door->detaching = false;
 		return ret;
 	}
-	door_free(door);
+	door_free(door, false);
 	return 0;
 }
 
@@ -367,7 +397,7 @@ uint64_t kernel_size(const struct kernel_door *door)
 
 suspends void kernel_abandon(struct kernel_door *door)
 {
-	door_free(door);
+	door_free(door, true);
 }
 
 suspends void kernel_leave(struct kernel_door *door)

@@ -20,6 +20,9 @@
  * A request that was not answered is done again. Nobody was told of it, so it is as if it had taken longer;
  * nobody who waits for what he wrote writes the same place meanwhile.
  *
+ * The sockets may die as well, and the memory live on. Then nobody can tell what was sent. All that was answered may have
+ * been acknowledged, and is done again; the driver repeats the rest over new sockets.
+ *
  * A stack may keep what was written in its memory until a flush (blk_caps.caches_writes). What was acknowledged
  * is then kept here too, for the same time, and done again by the successor: journal_keep.c.
  *
@@ -37,6 +40,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -171,6 +175,15 @@ static int arm_all(struct nbd_journal *journal, struct err *err)
 	return 0;
 }
 
+/* Never the same for two sockets; 0 where it cannot be told. */
+static uint64_t socket_of(const struct nbd_line *line)
+{
+	uint64_t cookie = 0;
+	socklen_t len = sizeof(cookie);
+
+	return getsockopt(line->ends.fd, SOL_SOCKET, SO_COOKIE, &cookie, &len) ? 0 : cookie;
+}
+
 static int format(struct nbd_journal *journal, uint64_t memory_bytes, struct err *err)
 {
 	for (unsigned i = 0; i < journal->line_count; i++) {
@@ -178,6 +191,7 @@ static int format(struct nbd_journal *journal, uint64_t memory_bytes, struct err
 
 		memset(line->shared, 0, sizeof(*line->shared));
 		memset(line->entries, 0, JOURNAL_ENTRIES * sizeof(struct journal_entry));
+		line->shared->socket = socket_of(line);
 	}
 	int ret = arm_all(journal, err);
 	if (ret)
@@ -189,7 +203,7 @@ static int format(struct nbd_journal *journal, uint64_t memory_bytes, struct err
 		.ring_bytes = journal->ring_bytes,
 	};
 	journal_step();
-	journal->head->magic = JOURNAL_MAGIC;
+	journal->head->magic = journal->lost ? JOURNAL_LOST : JOURNAL_MAGIC;
 	return 0;
 }
 
@@ -313,13 +327,33 @@ static int take_entries(struct nbd_line *line, struct nbd_held **found, struct e
 	return check_order(line, found, count, err);
 }
 
+static bool is_orphaned(const struct nbd_journal *journal)
+{
+	for (unsigned i = 0; i < journal->line_count; i++) {
+		const struct nbd_line *line = &journal->lines[i];
+
+		if (line->shared->socket && line->shared->socket != socket_of(line))
+			return true;
+	}
+	return false;
+}
+
+static int take_positions(struct nbd_line *line, struct err *err)
+{
+	if (line->journal->orphaned) {
+		line->received = line->shared->parsed; /* at least */
+		line->sent = UINT64_MAX;               /* at most */
+		return 0;
+	}
+	int ret = journal_count_received(line, &line->received, err);
+	return ret ? ret : journal_count_sent(line, &line->sent, err);
+}
+
 static int take_line(struct nbd_line *line, struct nbd_held **found, struct err *err)
 {
 	uint64_t parsed = line->shared->parsed;
-	int ret = journal_count_received(line, &line->received, err);
+	int ret = take_positions(line, err);
 
-	if (!ret)
-		ret = journal_count_sent(line, &line->sent, err);
 	if (ret)
 		return ret;
 	if (parsed > line->received || line->received - parsed > line->journal->ring_bytes)
@@ -360,6 +394,7 @@ static int take_over(struct nbd_journal *journal, uint64_t memory_bytes, struct 
 	struct nbd_held **found = calloc(journal->line_count * JOURNAL_ENTRIES, sizeof(*found));
 	if (!found)
 		return err_set(err, ENOMEM, "out of memory");
+	journal->orphaned = is_orphaned(journal);
 	for (unsigned i = 0; i < journal->line_count && !ret; i++) {
 		ret = take_line(&journal->lines[i], found, err);
 		if (ret)
@@ -369,7 +404,7 @@ static int take_over(struct nbd_journal *journal, uint64_t memory_bytes, struct 
 		take_log(journal, found);
 	free(found);
 	journal->resumed = true;
-	return ret ? ret : arm_all(journal, err);
+	return ret || journal->orphaned ? ret : arm_all(journal, err);
 }
 
 /* --- opening and closing ---------------------------------------------------------------------- */
@@ -378,15 +413,15 @@ static int line_init(struct nbd_line *line, struct nbd_journal *journal, struct 
 {
 	line->journal = journal;
 	line->ends = ends;
-	list_init(&line->free);
-	list_init(&line->in_use);
-	list_init(&line->out_use);
 	line->held = calloc(JOURNAL_ENTRIES, sizeof(*line->held));
 	return line->held ? 0 : -ENOMEM;
 }
 
 static void line_put_entries(struct nbd_line *line)
 {
+	list_init(&line->free);
+	list_init(&line->in_use);
+	list_init(&line->out_use);
 	for (unsigned i = 0; i < JOURNAL_ENTRIES; i++) {
 		struct nbd_held *held = &line->held[i];
 
@@ -431,7 +466,8 @@ static struct nbd_journal *journal_create(const struct nbd_seat *seat)
 	return journal;
 }
 
-static int open_memory(struct nbd_journal *journal, int fd, uint64_t memory_bytes, struct err *err)
+static int open_memory(
+	struct nbd_journal *journal, int fd, uint64_t memory_bytes, bool inherited, struct err *err)
 {
 	journal->ring_bytes = ring_bytes_in(journal->line_count, memory_bytes);
 	if (!journal->ring_bytes)
@@ -442,8 +478,27 @@ static int open_memory(struct nbd_journal *journal, int fd, uint64_t memory_byte
 		return err_sys(err, -ret, "cannot map it");
 	for (unsigned i = 0; i < journal->line_count; i++)
 		line_put_entries(&journal->lines[i]);
-	return journal->head->magic ? take_over(journal, memory_bytes, err)
-				    : format(journal, memory_bytes, err);
+	uint64_t magic = journal->head->magic;
+	journal->lost = magic == JOURNAL_LOST || (!magic && inherited);
+	if (journal->lost || !magic || magic == JOURNAL_BLANK)
+		return format(journal, memory_bytes, err);
+	return take_over(journal, memory_bytes, err);
+}
+
+int journal_renew(struct nbd_journal *journal, struct err *err)
+{
+	uint64_t memory_bytes = journal->head->memory_bytes;
+
+	journal->head->magic = JOURNAL_BLANK;
+	journal_step();
+	list_init(&journal->log);
+	journal->kept_count = 0;
+	journal->orphaned = false;
+	for (unsigned i = 0; i < journal->line_count; i++) {
+		line_put_entries(&journal->lines[i]);
+		journal->lines[i].received = journal->lines[i].sent = 0;
+	}
+	return format(journal, memory_bytes, err);
 }
 
 int nbd_journal_open(const struct nbd_seat *seat, struct nbd_journal **opened, struct err *err)
@@ -461,7 +516,7 @@ int nbd_journal_open(const struct nbd_seat *seat, struct nbd_journal **opened, s
 	struct nbd_journal *journal = journal_create(seat);
 	if (!journal)
 		return err_set(err, ENOMEM, "out of memory");
-	ret = open_memory(journal, seat->memory_fd, (uint64_t)stat.st_size, err);
+	ret = open_memory(journal, seat->memory_fd, (uint64_t)stat.st_size, seat->inherited, err);
 	if (ret) {
 		journal_free(journal);
 		return err_wrap(err, "journal of a kernel device");

@@ -56,6 +56,8 @@ struct nbd_seat {
 		int fd; /* the server's end: AF_UNIX, SOCK_STREAM, not used before for anything */
 		int driver_fd; /* a duplicate of the driver's end; asked for its state, never read */
 	} ends[NBD_SEAT_CONNECTIONS_MAX];
+	/* The device was served before, over sockets that are gone; the memory is the one of then, or new. */
+	bool inherited;
 };
 
 /*
@@ -75,10 +77,16 @@ int nbd_journal_open(const struct nbd_seat *seat, struct nbd_journal **journal, 
 bool nbd_journal_resumed(const struct nbd_journal *journal);
 
 /*
+ * When everybody died who had the sockets, the keeper too, the device gets new ones, and the driver asks again for
+ * what was not answered. Memory that outlived them is opened with the new sockets like any other: it knows its
+ * own, and what was acknowledged over those is done again, made durable and forgotten. Without it nobody knows
+ * what that was (nbd_seat.inherited).
+ *
  * Home reactor; before the first nbd_serve() of the journal, and before the export has other clients.
  * Binds the journal to the export (one journal per export at a time) and does again, in their order, the
  * acknowledged writes, zeroes and discards that the predecessor's stack may have had in its memory only.
- * -ENOTRECOVERABLE when there was a predecessor and the disk's content died with it. -EBUSY: the export has one.
+ * -ENOTRECOVERABLE when there was a predecessor and the disk's content, or what was acknowledged and is known to nobody
+ * now, died with it. -EBUSY: the export has one.
  * On an error of the disk the journal is unchanged: the call may be repeated, also by a successor.
  */
 suspends int nbd_journal_replay(

@@ -242,17 +242,46 @@ static suspends int do_all_again(struct nbd_journal *journal, struct blk *blk, s
 	return 0;
 }
 
+static int check_lost(
+	const struct nbd_journal *journal, const struct blk_caps *caps, struct err *err)
+{
+	if ((journal->resumed || journal->lost) && caps->dies_with_process)
+		return err_set(err, ENOTRECOVERABLE,
+			"what the disk held was in the memory of the server that is gone");
+	if (journal->lost && caps->caches_writes)
+		return err_set(err, ENOTRECOVERABLE,
+			"what was written and not flushed may have been in the memory of the "
+			"server "
+			"that is gone, and nobody knows what that was");
+	return 0;
+}
+
+/* Nobody remembers it twice: it is durable before it is forgotten. */
+static suspends int settle_orphan(struct nbd_journal *journal, struct blk *blk, struct err *err)
+{
+	int ret = blk_flush(blk);
+
+	if (ret)
+		return err_sys(
+			err, -ret, "cannot flush what was written before the server was killed");
+	return journal_renew(journal, err);
+}
+
 suspends int nbd_journal_replay(
 	struct nbd_journal *journal, struct nbd_export *export, struct err *err)
 {
 	if (export->journal)
 		return err_set(err, EBUSY, "the export has a journal already");
-	if (journal->resumed && blk_caps(export->blk)->dies_with_process)
-		return err_set(err, ENOTRECOVERABLE,
-			"what the disk held was in the memory of the server that is gone");
-	int ret = do_all_again(journal, export->blk, err);
+	int ret = check_lost(journal, blk_caps(export->blk), err);
+	if (!ret)
+		ret = do_all_again(journal, export->blk, err);
+	if (!ret && journal->orphaned)
+		ret = settle_orphan(journal, export->blk, err);
 	if (ret)
 		return ret;
+	if (journal->lost)
+		journal->head->magic = JOURNAL_MAGIC;
+	journal->lost = false;
 	journal->export = export;
 	export->journal = journal;
 	return 0;

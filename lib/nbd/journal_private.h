@@ -26,6 +26,9 @@
 /* --- in the shared memory --------------------------------------------------------------------- */
 
 #define JOURNAL_MAGIC      UINT64_C(0x626c6b7365617421) /* "blkseat!" */
+/* In its place when the rest means nothing: nothing is missed, or all that was before (nbd_seat.inherited). */
+#define JOURNAL_BLANK      UINT64_C(0x626c6b7365617430) /* "blkseat0" */
+#define JOURNAL_LOST       UINT64_C(0x626c6b736561743f) /* "blkseat?" */
 #define JOURNAL_VERSION    1U                           /* of everything in this part */
 #define JOURNAL_ENTRIES    2048U                        /* per connection */
 #define JOURNAL_PAGE_BYTES 4096U
@@ -61,6 +64,7 @@ struct journal_line {
 	struct journal_count received;
 	struct journal_count
 		sent; /* armed 0: sent; else: taken by the driver, to which add what it has not */
+	uint64_t socket; /* SO_COOKIE of the server's end; 0: not known */
 };
 _Static_assert(sizeof(struct journal_line) <= JOURNAL_PAGE_BYTES, "fits into its page");
 
@@ -145,6 +149,8 @@ struct nbd_journal {
 	unsigned line_count;
 	uint64_t rearm_bytes; /* JOURNAL_REARM_BYTES; less in tests */
 	bool resumed;
+	bool orphaned; /* its sockets are gone: of use is only what was acknowledged */
+	bool lost;     /* there should have been a predecessor's */
 	struct nbd_line lines[NBD_SEAT_CONNECTIONS_MAX];
 
 	uint64_t next_order;
@@ -207,6 +213,9 @@ int journal_count_probe(struct err *err);
 /* Counters start at the one, and are armed again when the other was counted: many receives earlier. */
 #define JOURNAL_ARMED_BYTES (UINT64_C(1) << 30)
 #define JOURNAL_REARM_BYTES (UINT64_C(1) << 29)
+
+/* journal.c. Blank, then new, whatever it was; bound to nothing. */
+int journal_renew(struct nbd_journal *journal, struct err *err);
 
 /* journal_keep.c. The reply was sent: the entry is free, or kept. */
 void journal_done(struct nbd_held *held);

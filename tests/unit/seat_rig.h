@@ -250,6 +250,18 @@ static inline void seat_kill(struct seat_rig *rig)
 
 /* --- the seat --------------------------------------------------------------------------------- */
 
+static inline void seat_connect(struct seat_rig *rig, unsigned i)
+{
+	const int bytes = 16384;
+	int fds[2];
+
+	require(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds));
+	rig->seat.ends[i] = (struct nbd_seat_ends){ .fd = fds[0], .driver_fd = fds[1] };
+	setsockopt(fds[1], SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes));
+	fcntl(fds[1], F_SETFL, O_NONBLOCK);
+	rig->ends[i].fd = fds[1];
+}
+
 static inline void seat_rig_init(struct seat_rig *rig, const char *stack, unsigned connections)
 {
 	*rig = (struct seat_rig){ .stack = stack, .max_busy = SEAT_OPS, .longest = 256U << 10 };
@@ -259,14 +271,8 @@ static inline void seat_rig_init(struct seat_rig *rig, const char *stack, unsign
 	rig->model = calloc(1, SEAT_DISK_BYTES);
 	for (unsigned i = 0; i < connections; i++) {
 		struct seat_end *end = &rig->ends[i];
-		const int bytes = 16384;
-		int fds[2];
 
-		require(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds));
-		rig->seat.ends[i] = (struct nbd_seat_ends){ .fd = fds[0], .driver_fd = fds[1] };
-		setsockopt(fds[1], SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes));
-		fcntl(fds[1], F_SETFL, O_NONBLOCK);
-		end->fd = fds[1];
+		seat_connect(rig, i);
 		end->out = malloc(SEAT_OUT_BYTES);
 		end->in = malloc(SEAT_OUT_BYTES);
 	}
@@ -339,7 +345,8 @@ static inline void seat_put(struct seat_end *end, const void *bytes, size_t len)
 	end->out_len += len;
 }
 
-static inline void seat_issue(struct seat_rig *rig, struct seat_op *op)
+/* A write's content is put into the model before. */
+static inline void seat_send(struct seat_rig *rig, const struct seat_op *op)
 {
 	struct seat_end *end = &rig->ends[op->connection];
 	struct nbd_request_header header = {
@@ -351,19 +358,42 @@ static inline void seat_issue(struct seat_rig *rig, struct seat_op *op)
 		.len = be32_make(op->len),
 	};
 
+	seat_put(end, &header, sizeof(header));
+	if (op->type == NBD_CMD_WRITE)
+		seat_put(end, rig->model + op->off, op->len);
+}
+
+static inline void seat_issue(struct seat_rig *rig, struct seat_op *op)
+{
 	op->busy = true;
 	rig->busy++;
-	seat_put(end, &header, sizeof(header));
 	if (op->type == NBD_CMD_WRITE) {
 		for (uint32_t i = 0; i < op->len; i += sizeof(uint32_t)) {
 			uint32_t word = (uint32_t)random();
 
 			memcpy(rig->model + op->off + i, &word, sizeof(word));
 		}
-		seat_put(end, rig->model + op->off, op->len);
 	} else if (seat_op_changes(op)) {
 		memset(rig->model + op->off, 0, op->len);
 	}
+	seat_send(rig, op);
+}
+
+/* The sockets died with everybody who had them; the driver repeats over new ones what was not answered. */
+static inline void seat_reconnect(struct seat_rig *rig)
+{
+	rig->seat.inherited = true;
+	for (unsigned i = 0; i < rig->seat.connections; i++) {
+		struct seat_end *end = &rig->ends[i];
+
+		close(rig->seat.ends[i].fd);
+		close(rig->seat.ends[i].driver_fd);
+		seat_connect(rig, i);
+		end->out_pos = end->out_len = end->in_len = 0;
+	}
+	for (unsigned i = 0; i < SEAT_OPS; i++)
+		if (rig->ops[i].busy)
+			seat_send(rig, &rig->ops[i]);
 }
 
 static inline void seat_issue_at(struct seat_rig *rig, unsigned slot, struct seat_op op)

@@ -1,6 +1,6 @@
 /*
  * Connections that outlive their server, case by case: killed at every single step, next to other
- * clients, on disks and journals that cannot be taken over.
+ * clients, over new sockets, on disks and journals that cannot be taken over.
  *
  * JOURNAL_KILLS=1000 takes every step instead of some, and so many spoiled journals; SEED=...
  */
@@ -197,6 +197,75 @@ START_TEST(test_flush_fails)
 }
 END_TEST
 
+/* --- new sockets ------------------------------------------------------------------------------ */
+
+/* Dies by itself at a step, soon or late, or is killed after a while. */
+static void serve_for_a_while(struct seat_rig *rig)
+{
+	seat_start(rig, 1 + test_random(test_random(2) ? 40 : 4000));
+	for (unsigned i = test_random(400); i; i--) {
+		seat_pump(rig);
+		if (seat_died(rig))
+			return;
+	}
+	seat_kill(rig);
+}
+
+/* Only the memory stays, now and then, and not even that is read to its end. */
+START_TEST(test_orphans)
+{
+	const bool qcow = _i;
+	struct seat_rig rig;
+
+	test_seed();
+	qcow ? seat_make_qcow() : seat_make_file();
+	seat_rig_init(&rig, qcow ? SEAT_QCOW : SEAT_FILE, 1 + test_random(3));
+	for (unsigned long round = seat_kills_wanted(30); round; round--) {
+		serve_for_a_while(&rig);
+		if (test_random(2))
+			seat_reconnect(&rig);
+	}
+	seat_start(&rig, 0);
+	seat_drain(&rig);
+	ck_assert_int_eq(seat_disconnect(&rig), SEAT_EXIT_OVER);
+	seat_compare_disk(&rig);
+	if (qcow)
+		seat_check_qcow();
+	printf("%lu kills, %llu replies\n", rig.kills, (unsigned long long)rig.replies);
+	seat_rig_fini(&rig);
+}
+END_TEST
+
+/* Not even the memory stays: no matter to a file, but who knows what a qcow had acknowledged? */
+START_TEST(test_lost)
+{
+	const bool qcow = _i;
+	struct seat_rig rig;
+
+	qcow ? seat_make_qcow() : seat_make_file();
+	seat_rig_init(&rig, qcow ? SEAT_QCOW : SEAT_FILE, 2);
+	seat_start(&rig, 0);
+	seat_do(&rig, (struct seat_op){ .type = NBD_CMD_WRITE, .len = 512 });
+	seat_kill(&rig);
+	seat_reconnect(&rig);
+	require(!ftruncate(rig.seat.memory_fd, 0));
+	require(!ftruncate(rig.seat.memory_fd, (off_t)nbd_journal_size(2, 0)));
+	for (unsigned i = 0; i < 2; i++) {
+		seat_start(&rig, 0);
+		if (qcow)
+			ck_assert_int_eq(seat_wait(&rig), SEAT_EXIT_REFUSED << 8);
+		else
+			seat_kill(&rig);
+	}
+	if (!qcow) {
+		seat_start(&rig, 0);
+		seat_do(&rig, (struct seat_op){ .type = NBD_CMD_READ, .len = 512 });
+		seat_kill(&rig);
+	}
+	seat_rig_fini(&rig);
+}
+END_TEST
+
 /* --- what cannot be resumed ------------------------------------------------------------------- */
 
 START_TEST(test_memory)
@@ -349,6 +418,8 @@ static void fill(TCase *tcase)
 	tcase_add_loop_test(tcase, test_each_step, 0, 2);
 	tcase_add_test(tcase, test_visitor);
 	tcase_add_loop_test(tcase, test_flush_fails, 0, 2);
+	tcase_add_loop_test(tcase, test_orphans, 0, 2);
+	tcase_add_loop_test(tcase, test_lost, 0, 2);
 	tcase_add_test(tcase, test_memory);
 	tcase_add_test(tcase, test_refused);
 	tcase_add_test(tcase, test_spoiled);
