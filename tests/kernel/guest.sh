@@ -10,6 +10,8 @@ timeout_s=120
 mem=1G
 disk_size=
 keep=
+# What the environment tells tests.
+knobs=(SEED KILLS KEEPER_KILLS UPGRADES RESIZES RELOADS FS MODE CONNECTIONS STACK STORM LAYERS KEYS MKFS)
 me=$(basename "$0")
 
 die() {
@@ -49,7 +51,7 @@ guest_prepare() {
 		printf 'SCRATCH=%q\nTMPDIR=%q\n' "$work/scratch" "$work/scratch"
 		printf 'HOME=%q\nLANG=C.UTF-8\nTERM=dumb\n' "$work/home"
 		[[ -z $disk_size ]] || printf 'UML_DISK=%q\n' "$disk"
-		for name in BUILD CI SEED KILLS RESIZES LAYERS KEYS MKFS; do
+		for name in BUILD CI "${knobs[@]}"; do
 			[[ -z ${!name+set} ]] || printf '%s=%q\n' "$name" "${!name}"
 		done
 		printf 'guest_cwd=%q\nnbd_module=%q\nwork=%q\n' "$PWD" "$module" "$work"

@@ -48,9 +48,9 @@ refused() {
 	grep -qE -- "$pattern" <<<"$output" || fail "\"$*\" says nothing like \"$pattern\""
 }
 
-# Writes a config with these exports (libconfig text) and starts the daemon on it.
-daemon_start() {
-	cat >blkstack.conf <<-CONF
+# The config has these exports (libconfig text) from now on.
+config_write() {
+	cat >blkstack.conf.new <<-CONF
 	control = "$control";
 	listen = [ "unix:$socket" ];
 	$daemon_config
@@ -58,6 +58,11 @@ daemon_start() {
 	$*
 	);
 	CONF
+	mv blkstack.conf.new blkstack.conf
+}
+
+# Starts the daemon on the config as it is.
+daemon_run() {
 	"$BUILD/blkstackd" --config blkstack.conf "${daemon_options[@]}" 2>>blkstackd.log &
 	daemon=$!
 	local try
@@ -67,6 +72,11 @@ daemon_start() {
 		sleep 0.05
 	done
 	fail "blkstackd does not answer"
+}
+
+daemon_start() {
+	config_write "$@"
+	daemon_run
 }
 
 # Ends the daemon as systemd would; it must end by itself, and well.
@@ -143,10 +153,10 @@ reader_stop() {
 }
 
 # The kernel met no error it did not expect; `log_skip` forgets those that were. By netlink requests that
-# take more than three seconds are told of, and repeated ones among them: that is no error.
+# take more than three seconds are told of, and repeated ones among them: that is no error. Nor is a line like $1.
 log_check() {
 	local errors
-	errors=$(dmesg | tail -n +$((log_at + 1)) |
+	errors=$(dmesg | tail -n +$((log_at + 1)) | grep -vE "${1:-^$}" |
 		grep -vE 'Possible stuck request .* Runtime [12]?[0-9] seconds' |
 		grep -E 'I/O error|EXT4-fs error|EXT4-fs warning|XFS.*(error|orrupt)|timed out|stuck|Oops|BUG|WARNING') || return 0
 	fail "the kernel's log has errors: $errors"
