@@ -210,7 +210,8 @@ static suspends void expect_zeroes(struct blk *blk, uint64_t off, uint64_t len)
 
 	ck_assert_int_eq(blk_read(blk, off, buf, len), 0);
 	for (uint64_t i = 0; i < len; i++)
-		ck_assert_msg(!buf[i], "byte %llu is %#x", (unsigned long long)(off + i), buf[i]);
+		if (buf[i])
+			ck_abort_msg("byte %llu is %#x", (unsigned long long)(off + i), buf[i]);
 	free(buf);
 }
 
@@ -276,15 +277,72 @@ CO_TEST(test_discard_gives_space_back)
 	}
 }
 
+/* --- other sizes ------------------------------------------------------------------------------ */
+
+static suspends void resize_to(struct load *load, uint64_t size)
+{
+	struct err err;
+
+	if (blk_resize(load->stack.top, size, BLK_FORCE, &err))
+		ck_abort_msg("%s", err.text);
+	ck_assert_uint_eq(blk_caps(load->stack.top)->size, size);
+}
+
+static void expect_content_of(const struct load *load, uint64_t size, bool raw)
+{
+	struct stat st;
+
+	image_check("image.qcow2", false);
+	image_write_file("expected", load->content, size);
+	image_must("qemu-img compare -q -f qcow2 -F raw image.qcow2 expected");
+	if (raw)
+		image_must("cmp data expected");
+	ck_assert_int_eq(stat("data", &st), 0);
+	ck_assert_uint_eq((uint64_t)st.st_size, size);
+}
+
+/* Shrunk and grown, to any sector: the data file follows, and what was cut off does not come back. */
+CO_TEST(test_resize)
+{
+	struct seed seed = seed_start("qcow data file resize");
+	struct load load = { .content = malloc(DISK_SIZE) };
+
+	for (size_t i = 0; i < ARRAY_LEN(kinds); i++) {
+		uint64_t size = 512 * (1 + seed_below(&seed, DISK_SIZE / 512 - 1));
+		uint64_t middle = size + 512 * seed_below(&seed, (DISK_SIZE - size) / 512 + 1);
+
+		make_image(i);
+		open_image(&load);
+		seed_fill(&seed, load.content, DISK_SIZE);
+		ck_assert_int_eq(blk_write(load.stack.top, 0, load.content, DISK_SIZE, 0), 0);
+		resize_to(&load, size);
+		test_stack_close(&load.stack);
+		expect_content_of(&load, size, kinds[i].raw);
+		/* Somebody left something behind the end. */
+		image_must("printf behind >>data");
+		memset(load.content + size, 0, DISK_SIZE - size);
+		open_image(&load);
+		resize_to(&load, middle);
+		resize_to(&load, DISK_SIZE);
+		check_our_view(&load);
+		test_stack_close(&load.stack);
+		expect_content_of(&load, DISK_SIZE, kinds[i].raw);
+	}
+	free(load.content);
+}
+
 int main(void)
 {
 	Suite *suite = suite_create("qcow data file");
-	TCase *tcase = tcase_create("data file");
+	TCase *edges = tcase_create("edges"), *load = tcase_create("load");
 
-	tcase_set_timeout(tcase, 1000);
-	tcase_add_test(tcase, test_zero_the_first_cluster);
-	tcase_add_test(tcase, test_discard_gives_space_back);
-	tcase_add_test(tcase, test_in_turn_with_qemu);
-	suite_add_tcase(suite, tcase);
+	tcase_set_timeout(edges, 300);
+	tcase_add_test(edges, test_zero_the_first_cluster);
+	tcase_add_test(edges, test_discard_gives_space_back);
+	tcase_add_test(edges, test_resize);
+	suite_add_tcase(suite, edges);
+	tcase_set_timeout(load, 1000);
+	tcase_add_test(load, test_in_turn_with_qemu);
+	suite_add_tcase(suite, load);
 	return co_test_suite(suite);
 }

@@ -7,6 +7,8 @@
  *
  * Shrinking: what lies beyond is discarded, and that is made durable, before the size changes. So it reads
  * as zeroes if the disk grows again, and a crash in between only loses what was to be lost.
+ *
+ * An external data file grows before the disk and is cut after it.
  */
 #include "blk/qcow/qcow.h"
 
@@ -136,11 +138,28 @@ static suspends int hide_backing(struct qcow *q, uint64_t from, uint64_t to)
 	return ret ? ret : qcow_commit(q);
 }
 
+/* A data file is as long as the disk; what it has behind the disk's present end must not appear. */
+static suspends int grow_data_file(struct qcow *q, uint64_t size)
+{
+	uint64_t old_size = q->header.size, have = blk_caps(q->data)->size;
+	int ret = 0;
+
+	if (!q->data_file)
+		return 0;
+	if (have > old_size)
+		ret = blk_discard(q->data, old_size, MIN(have, size) - old_size, 0);
+	if (!ret && have < size)
+		ret = blk_resize(q->data, size, 0, NULL);
+	return ret ? ret : blk_flush(q->data);
+}
+
 static suspends int grow(struct qcow *q, uint64_t size)
 {
 	uint64_t entry_count = l1_entries_for(q, size), old_size = q->header.size;
 	int ret = qcow_commit(q);
 
+	if (!ret)
+		ret = grow_data_file(q, size);
 	if (!ret && entry_count > q->l1_capacity)
 		ret = move_l1(q, old_size, entry_count);
 	else if (!ret)
@@ -164,9 +183,13 @@ static suspends int shrink(struct qcow *q, uint64_t size)
 		ret = qcow_settle(q);
 	if (!ret)
 		ret = store_geometry(q, size, q->header.l1_off, q->header.l1_entry_count);
-	if (!ret)
-		blk_size_changed(&q->blk, size);
-	return ret;
+	if (ret)
+		return ret;
+	/* One that stays longer does no harm. */
+	if (q->data_file && blk_caps(q->data)->grows && blk_caps(q->data)->size > size)
+		blk_resize(q->data, size, BLK_FORCE, NULL);
+	blk_size_changed(&q->blk, size);
+	return 0;
 }
 
 suspends int qcow_resize(struct blk *blk, uint64_t size, unsigned flags, struct err *err)
@@ -175,10 +198,6 @@ suspends int qcow_resize(struct blk *blk, uint64_t size, unsigned flags, struct 
 	uint64_t entries = l1_entries_for(q, size);
 	int ret;
 
-	if (q->data_file)
-		return err_set(err, ENOTSUP,
-			"an image with an external data file is resized offline: blkstack-img "
-			"resize");
 	if (entries * 8 > QCOW_L1_LEN_MAX_BYTES)
 		return err_set(err, EFBIG, "%llu bytes need an L1 table beyond the format's limit",
 			(unsigned long long)size);
