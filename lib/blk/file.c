@@ -30,6 +30,9 @@
 #include "blk/layers.h"
 #include "rt/reactor.h"
 
+/* In memory a look at more than this takes longer than a hand-over: every page is visited. */
+#define EXTENTS_INLINE_MAX_BYTES (16U << 20)
+
 static struct file_layer *to_file(struct blk *blk)
 {
 	return container_of(blk, struct file_layer, blk);
@@ -293,7 +296,7 @@ static suspends int file_extents(
 
 	if (!file->can_seek)
 		blk_extents_add(extents, len, BLK_EXTENT_DATA);
-	else if (file->io.mode == IO_INLINE)
+	else if (file->io.mode == IO_INLINE && len <= EXTENTS_INLINE_MAX_BYTES)
 		extents_job(&job);
 	else
 		co_offload(extents_job, &job);

@@ -2,7 +2,7 @@
  * The copy in the background: passes over what is dirty, in steps, at a pace that leaves room for guests.
  *
  * A step takes a run of dirty chunks, holds the range of bytes exclusively against guests' changes, carries
- * the primary's content over, and marks the chunks clean. At most 256 KiB of data, or 64 MiB of zeroes: what
+ * the primary's content over, and marks the chunks clean. At most 512 KiB of data, or 64 MiB of zeroes: what
  * the primary knows to be zero is not read, and not written either where the secondary knows the same. Several
  * steps run side by side, since a far secondary takes its time; a guest's change waits for one of them at
  * most, and only if it overlaps it.
@@ -199,7 +199,7 @@ static suspends void look_ahead(struct mirror *mirror, struct step *step, uint64
 {
 	struct blk_extent list[1];
 	struct blk_extents extents;
-	uint64_t asked_len = MIN(run_len, (uint64_t)MIRROR_PASS_MAX_BYTES);
+	uint64_t asked_len = MIN(run_len, MIRROR_LOOK_AHEAD_BYTES);
 
 	blk_extents_init(&extents, list, ARRAY_LEN(list));
 	step->data = step->off < mirror->data_until;
@@ -216,7 +216,8 @@ static suspends void look_ahead(struct mirror *mirror, struct step *step, uint64
 	else if (step->data)
 		step->len = MIN(run_len, MAX(mirror->chunk_size, mirror->step_max));
 	else
-		step->len = MIN(asked_len, round_up(list[0].len, mirror->chunk_size));
+		step->len = MIN(MIN(run_len, (uint64_t)MIRROR_PASS_MAX_BYTES),
+			round_up(list[0].len, mirror->chunk_size));
 }
 
 static suspends bool claim_step(struct mirror *mirror, struct step *step)
@@ -238,20 +239,24 @@ static suspends bool claim_step(struct mirror *mirror, struct step *step)
 
 /*
  * One turn of the reactor, and more until it is the guests' turn no longer, or none of them comes any more. All
- * steps share one account of time, so whoever wakes up looks again: another step may have been faster.
+ * steps share one account of time, so whoever wakes up looks again: another step may have been faster, and while
+ * that ran nobody could come.
  */
 static suspends void let_guests_run(struct mirror *mirror)
 {
-	uint64_t slice_ns = 0, now_ns, seen;
+	uint64_t slice_ns = 0, now_ns, seen, allowed_ns;
+	bool quiet;
 
 	do {
 		seen = mirror->guest_count;
+		allowed_ns = mirror->copy_allowed_ns;
 		co_sleep_ns(slice_ns);
 		now_ns = clock_now_ns();
 		slice_ns = mirror->copy_allowed_ns > now_ns
 				   ? MIN(mirror->copy_allowed_ns - now_ns, QUIET_NS)
 				   : 0;
-	} while (slice_ns && seen != mirror->guest_count && !mirror->closing);
+		quiet = seen == mirror->guest_count && allowed_ns == mirror->copy_allowed_ns;
+	} while (slice_ns && !quiet && !mirror->closing);
 }
 
 static suspends void wait_for_rate(struct mirror *mirror, uint64_t len)

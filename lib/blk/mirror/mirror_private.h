@@ -27,7 +27,9 @@
 #define MIRROR_CHUNK_MAX  (4U << 20)
 #define MIRROR_CHUNKS_MAX (UINT64_C(1) << 26) /* a bitmap of 8 MiB; then chunks grow */
 #define MIRROR_STEP_MAX_BYTES \
-	(256U << 10) /* of data copied at a time: a guest waits for one step */
+	(512U << 10) /* of data copied at a time: a guest waits for one step */
+/* To learn where data ends, a file in memory walks over all of its pages: so not often. */
+#define MIRROR_LOOK_AHEAD_BYTES     (UINT64_C(1) << 30)
 #define MIRROR_PASS_MAX_BYTES       (64U << 20) /* of zeroes passed over at a time */
 #define MIRROR_CLEAR_MAX_BYTES      (16U << 20) /* of zeroes made at a time */
 #define MIRROR_SLOW_CLEAR_MAX_BYTES (1U << 20)  /* by a secondary that has to write them */
