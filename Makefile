@@ -1,4 +1,4 @@
-# blkstack. Targets: all check check-rt check-kernel check-vm bench lint format install help
+# blkstack. Targets: all check check-rt check-kernel soak-kernel check-vm bench lint format install help
 #
 # BUILD=release (default) | debug | asan | tsan | cov | fuzz. Everything built lands in build/ for
 # release and build-$(BUILD)/ for the others. V=1 shows the commands.
@@ -151,6 +151,10 @@ check-vm: all $(HELPERS)
 	$Qscripts/deps vm
 	$Qtests/kernel/check-vm $O $(VM)
 
+# Hundreds of kills under every file system and stack; hours. SOAK="xfs qcow": the rows with these words.
+soak-kernel: all
+	$Qtests/kernel/soak-matrix $O $(SOAK)
+
 # The unit under a real systemd, from boot to shutdown; minutes, and not in CI.
 check-systemd: all
 	$Qtests/kernel/systemd $O
@@ -203,6 +207,6 @@ install: all
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -4
 
-.PHONY: all check check-rt check-kernel check-aarch64 check-systemd check-vm bench fuzz units lint format install clean help
+.PHONY: all check check-rt check-kernel soak-kernel check-aarch64 check-systemd check-vm bench fuzz units lint format install clean help
 .SECONDARY:
 -include $(shell find $O -name '*.d' 2>/dev/null)

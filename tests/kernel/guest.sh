@@ -104,6 +104,7 @@ boot() {
 # The host takes from the console what stands between the two marks.
 exec </dev/null 2>&1
 printf '\n@uml-start@\n'
+: >"$work/began"
 if boot; then
 	echo 1 >/proc/sys/kernel/sysrq
 	dmesg --clear
