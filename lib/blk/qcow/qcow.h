@@ -360,6 +360,8 @@ suspends int qcow_read_host(struct qcow *q, uint64_t host_off, void *buf, size_t
 
 suspends int qcow_zero(struct blk *blk, uint64_t off, uint64_t len, unsigned flags);
 suspends int qcow_discard(struct blk *blk, uint64_t off, uint64_t len, unsigned flags);
+/* Gives back what the range has; where there is a backing, that may show. Writing has begun. */
+suspends int qcow_unmap(struct qcow *q, uint64_t off, uint64_t len);
 
 /* --- compressed.c ----------------------------------------------------------------------------- */
 

@@ -175,10 +175,12 @@ static suspends int grow(struct qcow *q, uint64_t size)
 
 static suspends int shrink(struct qcow *q, uint64_t size)
 {
-	int ret = qcow_discard(&q->blk, size, q->header.size - size, 0);
+	uint64_t len = q->header.size - size;
+	int ret = qcow_discard(&q->blk, size, len, 0);
 
+	/* Version 2 over a backing has no zeroes; where they would be missed, it does not grow again either. */
 	if (ret == -EOPNOTSUPP)
-		ret = qcow_zero(&q->blk, size, q->header.size - size, 0);
+		ret = qcow_unmap(q, size, len);
 	if (!ret)
 		ret = qcow_settle(q);
 	if (!ret)

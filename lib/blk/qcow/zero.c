@@ -201,32 +201,40 @@ static suspends int zero_mapped(
 }
 
 static suspends int zero_range(
-	struct qcow *q, uint64_t off, uint64_t len, unsigned flags, bool unmap)
+	struct qcow *q, uint64_t off, uint64_t len, const struct zeroing *z, bool keep, bool fast)
 {
 	uint64_t subcluster_size = UINT64_C(1) << q->subcluster_bits, end = off + len;
-	bool keep = flags & BLK_NO_HOLE && !q->data_file;
-	struct zeroing z = { .unmap = unmap && !keep, .zero_flag = q->backing || keep };
 	/* The last cluster of the disk counts as whole. */
 	uint64_t first = round_up(off, subcluster_size);
 	uint64_t last = end == q->blk.caps.size ? round_up(end, subcluster_size)
 						: round_down(end, subcluster_size);
 	int ret;
 
-	if (q->header.version == 2 && (z.zero_flag || !z.unmap))
-		return -EOPNOTSUPP;
 	if (first >= last)
-		return flags & BLK_FAST_ZERO ? -EOPNOTSUPP : write_zeroes(q, off, end);
+		return fast ? -EOPNOTSUPP : write_zeroes(q, off, end);
 	ret = write_zeroes(q, off, MIN(first, end));
 	if (!ret)
-		ret = zero_mapped(q, first, last, &z, keep);
+		ret = zero_mapped(q, first, last, z, keep);
 	if (!ret && last < end)
 		ret = write_zeroes(q, last, end);
+	return ret;
+}
+
+suspends int qcow_unmap(struct qcow *q, uint64_t off, uint64_t len)
+{
+	const struct zeroing z = { .unmap = true };
+	unsigned pin = qcow_pin(q);
+	int ret = zero_range(q, off, len, &z, false, false);
+
+	qcow_unpin(q, pin);
 	return ret;
 }
 
 static suspends int zero_or_discard(
 	struct qcow *q, uint64_t off, uint64_t len, unsigned flags, bool unmap)
 {
+	bool keep = flags & BLK_NO_HOLE && !q->data_file;
+	struct zeroing z = { .unmap = unmap && !keep, .zero_flag = q->backing || keep };
 	int ret = qcow_begin_writing(q);
 
 	if (ret)
@@ -234,8 +242,10 @@ static suspends int zero_or_discard(
 	if (q->raw_data_file) /* the data file alone must tell the truth */
 		return unmap ? blk_discard(q->data, off, len, flags)
 			     : blk_zero(q->data, off, len, flags);
+	if (q->header.version == 2 && (z.zero_flag || !z.unmap))
+		return -EOPNOTSUPP;
 	unsigned pin = qcow_pin(q);
-	ret = zero_range(q, off, len, flags, unmap);
+	ret = zero_range(q, off, len, &z, keep, flags & BLK_FAST_ZERO);
 	qcow_unpin(q, pin);
 	if (!ret && flags & BLK_FUA)
 		ret = qcow_commit(q);
