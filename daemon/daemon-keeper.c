@@ -188,20 +188,35 @@ static suspends void drop(struct list *link, const char *why)
 	kernel_abandon(door);
 }
 
+/* Of an export that the config does not have: a reload would have refused to take a device from its users. */
+static suspends void look_at_stranger(struct list *link)
+{
+	const char *name = kernel_kept_export(link);
+	const char *device = kernel_device(kernel_kept_door(link));
+	struct err users;
+
+	if (kernel_kept_by_hand(link))
+		log_error(
+			"export \"%s\": %s waits: the export was added by hand, and is not in the "
+			"config: add it again (blkstackctl add)",
+			name, device);
+	else if (kernel_kept_is_used(link, &users))
+		log_error("export \"%s\": %s waits, and so do its users (%s): the config does not "
+			  "have "
+			  "the export any more: put it back and reload",
+			name, device, users.text);
+	else
+		drop(link, "the config does not have the export any more");
+}
+
 suspends void daemon_drop_strangers(struct daemon *daemon)
 {
 	struct list *link, *next;
 
 	for (link = daemon->kept_doors.next; link != &daemon->kept_doors; link = next) {
 		next = link->next;
-		if (find_config(daemon, kernel_kept_export(link)))
-			continue;
-		if (kernel_kept_by_hand(link))
-			log_error("export \"%s\": %s waits: the export was added by hand, and is "
-				  "not in the config: add it again (blkstackctl add)",
-				kernel_kept_export(link), kernel_device(kernel_kept_door(link)));
-		else
-			drop(link, "the config does not have the export any more");
+		if (!find_config(daemon, kernel_kept_export(link)))
+			look_at_stranger(link);
 	}
 }
 
