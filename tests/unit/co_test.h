@@ -14,12 +14,9 @@
  */
 #pragma once
 
-#include <check.h>
-#include <stdlib.h>
-
 #include "blk/blk.h"
 #include "conf_build.h"
-#include "rt/reactor.h"
+#include "testing.h"
 
 #define CO_TEST(name)                     \
 	static void name##_body(void);    \
@@ -38,11 +35,8 @@ static inline void co_test_main(void *arg)
 static inline void co_test_run(void (*body)(void))
 {
 	const char *engine = getenv("ENGINE");
-	struct reactor *reactor;
-	struct err err;
+	struct reactor *reactor = test_reactor(engine ? engine : "auto");
 
-	if (reactor_create(&reactor, engine ? engine : "auto", &err) < 0)
-		ck_abort_msg("%s", err.text);
 	reactor_run_main(reactor, co_test_main, &body);
 	reactor_free(reactor);
 }
@@ -81,17 +75,4 @@ static inline suspends void test_stack_close(struct test_stack *stack)
 		co_sleep_ns(NS_PER_MS);
 	blk_env_fini(&stack->env);
 	conf_free(stack->conf);
-}
-
-/* Runs the suite and returns main()'s exit status. */
-static inline int co_test_suite(Suite *suite)
-{
-	SRunner *runner = srunner_create(suite);
-
-	srunner_run_all(runner, CK_ENV);
-
-	int failed = srunner_ntests_failed(runner);
-
-	srunner_free(runner);
-	return failed ? EXIT_FAILURE : EXIT_SUCCESS;
 }

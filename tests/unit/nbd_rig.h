@@ -10,7 +10,6 @@
 #pragma once
 
 #include <check.h>
-#include <dirent.h>
 #include <errno.h>
 #include <malloc.h>
 #include <poll.h>
@@ -66,17 +65,6 @@ struct rig {
 
 /* --- what is held -------------------------------------------------------------------------------- */
 
-static inline unsigned rig_open_fds(void)
-{
-	DIR *dir = opendir("/proc/self/fd");
-	unsigned count = 0;
-
-	while (readdir(dir))
-		count++;
-	closedir(dir);
-	return count;
-}
-
 /* What the whole process holds. The sanitizers' allocator does not tell: there the heap is always empty. */
 struct rig_footprint {
 	unsigned fds;
@@ -85,7 +73,7 @@ struct rig_footprint {
 
 static inline struct rig_footprint rig_footprint(void)
 {
-	return (struct rig_footprint){ rig_open_fds(), mallinfo2().uordblks };
+	return (struct rig_footprint){ count_open_files(), mallinfo2().uordblks };
 }
 
 /* Pools come and go by some 100 KiB, however long it runs; a connection left behind has 64. */
@@ -206,7 +194,7 @@ static inline void rig_start(
 	rig->limits = limits ? *limits : nbd_limits_default;
 	rig->upper_layers = upper_layers ? upper_layers : "";
 	signal(SIGPIPE, SIG_IGN);
-	rig->fds_before = rig_open_fds();
+	rig->fds_before = count_open_files();
 	ck_assert_int_eq(blk_env_init(&rig->env), 0);
 	ck_assert_msg(!reactor_create(&rig->reactor, "auto", &err), "%s", err.text);
 	ck_assert_msg(!reactor_create(&rig->second_reactor, "auto", &err), "%s", err.text);
@@ -226,7 +214,7 @@ static inline void rig_stop(struct rig *rig)
 	reactor_free(rig->reactor);
 	reactor_free(rig->second_reactor);
 	blk_env_fini(&rig->env);
-	ck_assert_uint_eq(rig_open_fds(), rig->fds_before);
+	ck_assert_uint_eq(count_open_files(), rig->fds_before);
 }
 
 /* --- connecting ------------------------------------------------------------------------------- */

@@ -383,7 +383,7 @@ int main(void)
 	TCase *tcase = tcase_create("align");
 
 	suite_add_tcase(suite, tcase);
-	tcase_set_timeout(tcase, 60);
+	tcase_set_timeout(tcase, TEST_TIMEOUT_S);
 	tcase_add_test(tcase, test_concurrent_against_oracle);
 	tcase_add_test(tcase, test_part_races_whole_write);
 	tcase_add_test(tcase, test_part_races_discard);
@@ -396,5 +396,5 @@ int main(void)
 	tcase_add_test(tcase, test_fast_zero);
 	tcase_add_test(tcase, test_missing_ops);
 	tcase_add_test(tcase, test_forwarding_layer);
-	return co_test_suite(suite);
+	return test_suite(suite);
 }

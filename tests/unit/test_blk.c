@@ -498,7 +498,7 @@ int main(void)
 	TCase *tcase = tcase_create("blk");
 
 	suite_add_tcase(suite, tcase);
-	tcase_set_timeout(tcase, 30);
+	tcase_set_timeout(tcase, TEST_TIMEOUT_S);
 	tcase_add_test(tcase, test_order_of_refusal);
 	tcase_add_test(tcase, test_nothing_to_do);
 	tcase_add_test(tcase, test_vectors);
@@ -513,5 +513,5 @@ int main(void)
 	tcase_add_test(tcase, test_extents_are_conservative);
 	tcase_add_test(tcase, test_seek_by_chunks);
 	tcase_add_test(tcase, test_seek);
-	return co_test_suite(suite);
+	return test_suite(suite);
 }

@@ -358,7 +358,7 @@ int main(void)
 	TCase *tcase = tcase_create("fault");
 
 	suite_add_tcase(suite, tcase);
-	tcase_set_timeout(tcase, 30);
+	tcase_set_timeout(tcase, TEST_TIMEOUT_S);
 	tcase_add_test(tcase, test_triggers);
 	tcase_add_test(tcase, test_options);
 	tcase_add_test(tcase, test_every_op);
@@ -369,5 +369,5 @@ int main(void)
 	tcase_add_test(tcase, test_log_format);
 	tcase_add_test(tcase, test_log_replays);
 	tcase_add_test(tcase, test_log_cannot_be_opened);
-	return co_test_suite(suite);
+	return test_suite(suite);
 }

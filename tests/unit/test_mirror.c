@@ -380,7 +380,7 @@ int main(void)
 	Suite *suite = suite_create("mirror");
 	TCase *tcase = tcase_create("mirror");
 
-	tcase_set_timeout(tcase, 120);
+	tcase_set_timeout(tcase, TEST_TIMEOUT_S);
 	tcase_add_test(tcase, test_refused);
 	tcase_add_test(tcase, test_copy_of_sizes);
 	tcase_add_test(tcase, test_guests_around_the_frontier);
@@ -391,5 +391,5 @@ int main(void)
 	tcase_add_test(tcase, test_whole_disk_at_once);
 	tcase_add_test(tcase, test_read_only_leaves_the_secondary_alone);
 	suite_add_tcase(suite, tcase);
-	return co_test_suite(suite);
+	return test_suite(suite);
 }

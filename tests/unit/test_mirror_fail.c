@@ -474,7 +474,7 @@ int main(void)
 	Suite *suite = suite_create("mirror_fail");
 	TCase *tcase = tcase_create("mirror_fail");
 
-	tcase_set_timeout(tcase, 120);
+	tcase_set_timeout(tcase, TEST_TIMEOUT_S);
 	tcase_add_test(tcase, test_secondary_fails_at_every_phase);
 	tcase_add_test(tcase, test_degraded_and_resynchronised);
 	tcase_add_test(tcase, test_unflushed_writes_are_copied_again);
@@ -492,5 +492,5 @@ int main(void)
 	tcase_add_test(tcase, test_read_across_a_promotion);
 	tcase_add_test(tcase, test_fallback_does_not_read_what_was_lost);
 	suite_add_tcase(suite, tcase);
-	return co_test_suite(suite);
+	return test_suite(suite);
 }

@@ -406,7 +406,7 @@ int main(void)
 	Suite *suite = suite_create("mirror_log");
 	TCase *tcase = tcase_create("mirror_log");
 
-	tcase_set_timeout(tcase, 120);
+	tcase_set_timeout(tcase, TEST_TIMEOUT_S);
 	tcase_add_test(tcase, test_clean_end);
 	tcase_add_test(tcase, test_crash_copies_the_dirty_regions_alone);
 	tcase_add_test(tcase, test_crashes_while_guests_write);
@@ -418,5 +418,5 @@ int main(void)
 	tcase_add_test(tcase, test_settling_during_a_write);
 	tcase_add_test(tcase, test_log_that_cannot_be_written);
 	suite_add_tcase(suite, tcase);
-	return co_test_suite(suite);
+	return test_suite(suite);
 }

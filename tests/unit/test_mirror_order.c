@@ -117,9 +117,9 @@ int main(void)
 	Suite *suite = suite_create("mirror_order");
 	TCase *tcase = tcase_create("mirror_order");
 
-	tcase_set_timeout(tcase, 1000);
+	tcase_set_timeout(tcase, TEST_TIMEOUT_S);
 	tcase_add_test(tcase, test_orders);
 	tcase_add_test(tcase, test_orders_with_blocks);
 	suite_add_tcase(suite, tcase);
-	return co_test_suite(suite);
+	return test_suite(suite);
 }

@@ -176,12 +176,12 @@ int main(void)
 	Suite *suite = suite_create("mirror_resize");
 	TCase *tcase = tcase_create("mirror_resize");
 
-	tcase_set_timeout(tcase, 120);
+	tcase_set_timeout(tcase, TEST_TIMEOUT_S);
 	tcase_add_test(tcase, test_grow_and_shrink);
 	tcase_add_test(tcase, test_a_leg_that_cannot);
 	tcase_add_test(tcase, test_a_secondary_that_hangs);
 	tcase_add_test(tcase, test_refused);
 	tcase_add_test(tcase, test_with_a_log);
 	suite_add_tcase(suite, tcase);
-	return co_test_suite(suite);
+	return test_suite(suite);
 }

@@ -488,7 +488,7 @@ int main(void)
 	Suite *suite = suite_create("qcow bad");
 	TCase *tcase = tcase_create("bad");
 
-	tcase_set_timeout(tcase, 120);
+	tcase_set_timeout(tcase, TEST_TIMEOUT_S);
 	tcase_add_test(tcase, test_refused);
 	tcase_add_test(tcase, test_cut_short);
 	tcase_add_test(tcase, test_met);
@@ -498,5 +498,5 @@ int main(void)
 	tcase_add_test(tcase, test_loops);
 	tcase_add_test(tcase, test_depth);
 	suite_add_tcase(suite, tcase);
-	return co_test_suite(suite);
+	return test_suite(suite);
 }

@@ -186,12 +186,12 @@ int main(void)
 	Suite *suite = suite_create("qcow compact");
 	TCase *tcase = tcase_create("compact");
 
-	tcase_set_timeout(tcase, 120);
+	tcase_set_timeout(tcase, TEST_TIMEOUT_S);
 	tcase_add_test(tcase, test_shrinks);
 	tcase_add_test(tcase, test_by_itself);
 	tcase_add_test(tcase, test_by_itself_refusals);
 	tcase_add_test(tcase, test_cancel);
 	tcase_add_test(tcase, test_keeps_snapshots);
 	suite_add_tcase(suite, tcase);
-	return co_test_suite(suite);
+	return test_suite(suite);
 }

@@ -579,8 +579,8 @@ int main(void)
 	Suite *suite = suite_create("qcow crash");
 	TCase *tcase = tcase_create("crash");
 
-	tcase_set_timeout(tcase, 280);
+	tcase_set_timeout(tcase, TEST_TIMEOUT_S);
 	tcase_add_test(tcase, test_power_cuts);
 	suite_add_tcase(suite, tcase);
-	return co_test_suite(suite);
+	return test_suite(suite);
 }

@@ -336,13 +336,13 @@ int main(void)
 	Suite *suite = suite_create("qcow data file");
 	TCase *edges = tcase_create("edges"), *load = tcase_create("load");
 
-	tcase_set_timeout(edges, 300);
+	tcase_set_timeout(edges, TEST_TIMEOUT_S);
 	tcase_add_test(edges, test_zero_the_first_cluster);
 	tcase_add_test(edges, test_discard_gives_space_back);
 	tcase_add_test(edges, test_resize);
 	suite_add_tcase(suite, edges);
-	tcase_set_timeout(load, 1000);
+	tcase_set_timeout(load, TEST_TIMEOUT_S);
 	tcase_add_test(load, test_in_turn_with_qemu);
 	suite_add_tcase(suite, load);
-	return co_test_suite(suite);
+	return test_suite(suite);
 }

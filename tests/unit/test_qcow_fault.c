@@ -217,8 +217,8 @@ int main(void)
 	Suite *suite = suite_create("qcow fault");
 	TCase *tcase = tcase_create("fault");
 
-	tcase_set_timeout(tcase, 200);
+	tcase_set_timeout(tcase, TEST_TIMEOUT_S);
 	tcase_add_test(tcase, test_faults_below);
 	suite_add_tcase(suite, tcase);
-	return co_test_suite(suite);
+	return test_suite(suite);
 }

@@ -333,7 +333,7 @@ int main(void)
 	Suite *suite = suite_create("qcow live");
 	TCase *tcase = tcase_create("live");
 
-	tcase_set_timeout(tcase, 120);
+	tcase_set_timeout(tcase, TEST_TIMEOUT_S);
 	tcase_add_test(tcase, test_life);
 	tcase_add_test(tcase, test_narrow_counts);
 	tcase_add_test(tcase, test_other_size);
@@ -343,5 +343,5 @@ int main(void)
 	tcase_add_test(tcase, test_compaction_meets_others);
 	tcase_add_test(tcase, test_cancel_does_not_wait_for_the_rate);
 	suite_add_tcase(suite, tcase);
-	return co_test_suite(suite);
+	return test_suite(suite);
 }

@@ -247,8 +247,8 @@ int main(void)
 	Suite *suite = suite_create("qcow model");
 	TCase *tcase = tcase_create("model");
 
-	tcase_set_timeout(tcase, 240);
+	tcase_set_timeout(tcase, TEST_TIMEOUT_S);
 	tcase_add_test(tcase, test_all_kinds);
 	suite_add_tcase(suite, tcase);
-	return co_test_suite(suite);
+	return test_suite(suite);
 }

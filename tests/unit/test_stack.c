@@ -246,5 +246,5 @@ int main(void)
 	tcase_add_test(tcase, test_caps_of_a_dying_process);
 	tcase_add_test(tcase, test_read_only);
 	tcase_add_test(tcase, test_close_waits);
-	return co_test_suite(suite);
+	return test_suite(suite);
 }

@@ -6,14 +6,15 @@
 #pragma once
 
 #include <check.h>
+#include <dirent.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <time.h>
 
 #include "rt/reactor.h"
 
-/* Far beyond what any test needs, with sanitizers on a busy machine. */
-#define TEST_TIMEOUT_S 120
+/* Far beyond what any test needs, with sanitizers on a busy machine: longer than tests/run waits. */
+#define TEST_TIMEOUT_S 1000
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define TEST_SANITIZED 1
@@ -48,6 +49,17 @@ static inline unsigned test_random(unsigned bound)
 	return (unsigned)random() % bound;
 }
 
+static inline unsigned count_open_files(void)
+{
+	DIR *folder = opendir("/proc/self/fd");
+	unsigned count = 0;
+
+	while (readdir(folder))
+		count++;
+	closedir(folder);
+	return count;
+}
+
 static inline struct reactor *test_reactor(const char *engine_name)
 {
 	struct reactor *reactor;
@@ -66,19 +78,27 @@ static inline void test_run_co(co_fn *fn, void *arg)
 	reactor_free(reactor);
 }
 
-/* The exit status for main(). */
+/* Runs the suite and returns main()'s exit status. */
+static inline int test_suite(Suite *suite)
+{
+	SRunner *runner = srunner_create(suite);
+
+	srunner_run_all(runner, CK_ENV);
+
+	int failed = srunner_ntests_failed(runner);
+
+	srunner_free(runner);
+	return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+}
+
+/* The same for a suite of one case. */
 static inline int test_run_suite(const char *name, void (*fill)(TCase *tcase))
 {
 	Suite *suite = suite_create(name);
 	TCase *tcase = tcase_create(name);
-	SRunner *runner;
 
 	tcase_set_timeout(tcase, TEST_TIMEOUT_S);
 	fill(tcase);
 	suite_add_tcase(suite, tcase);
-	runner = srunner_create(suite);
-	srunner_run_all(runner, CK_NORMAL);
-	int failed = srunner_ntests_failed(runner);
-	srunner_free(runner);
-	return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+	return test_suite(suite);
 }

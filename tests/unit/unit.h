@@ -14,7 +14,6 @@
 #pragma once
 
 #include <check.h>
-#include <dirent.h>
 #include <ftw.h>
 #include <pthread.h>
 #include <stdarg.h>
@@ -28,6 +27,7 @@
 #include "base/util.h"
 #include "blk/blk.h"
 #include "rt/reactor.h"
+#include "testing.h"
 
 struct unit_case {
 	const char *name;
@@ -155,17 +155,6 @@ static inline suspends struct blk *stack(const char *format, ...)
 	return top;
 }
 
-static inline unsigned count_open_files(void)
-{
-	DIR *folder = opendir("/proc/self/fd");
-	unsigned count = 0;
-
-	while (readdir(folder))
-		count++;
-	closedir(folder);
-	return count;
-}
-
 /* Opening fails, with a text that contains `expected`, and leaves no file open. */
 static inline suspends void stack_refused(const char *expected, const char *format, ...)
 {
@@ -246,7 +235,7 @@ static inline int unit_main(const char *name, const struct unit_case *cases, siz
 		Suite *suite = suite_create(name);
 		for (size_t i = 0; i < case_count; i++) {
 			TCase *tcase = tcase_create(cases[i].name);
-			tcase_set_timeout(tcase, 60);
+			tcase_set_timeout(tcase, TEST_TIMEOUT_S);
 			tcase_add_loop_test(tcase, unit_run_case, (int)i, (int)i + 1);
 			suite_add_tcase(suite, tcase);
 		}
