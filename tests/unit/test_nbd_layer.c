@@ -462,6 +462,51 @@ static suspends void case_another_disk_is_refused(void)
 	far_kill(&far);
 }
 
+static suspends void resize_fails(struct blk *blk, uint64_t size, const char *text)
+{
+	struct err err;
+
+	ck_assert_int_lt(blk_resize(blk, size, BLK_FORCE, &err), 0);
+	ck_assert_msg(strstr(err.text, text) != NULL, "%s", err.text);
+}
+
+/* The server has done it, and the layer is told to look. */
+static suspends void case_another_size(void)
+{
+	char byte = 0;
+	struct far far;
+	struct err err;
+
+	make_file("image", SIZE_BYTES);
+	far_start(&far, NBDKIT "file image");
+	struct blk *blk = far_disk("connections=3 reconnect=1 reconnect-delay=1");
+	resize_fails(blk, 2 * SIZE_BYTES, "has 1048576 bytes on its server, not 2097152");
+	ck_assert_int_eq(blk_write(blk, 7, "x", 1, 0), 0);
+	ck_assert_int_eq(truncate("image", 2 * SIZE_BYTES), 0);
+	ck_assert_int_eq(blk_resize(blk, 2 * SIZE_BYTES, 0, &err), 0);
+	ck_assert_uint_eq(blk_caps(blk)->size, 2 * SIZE_BYTES);
+	while (status_number(blk, "connections") < 3)
+		co_sleep_ns(20 * NS_PER_MS);
+	ck_assert_int_eq(blk_write(blk, 2 * SIZE_BYTES - 1, "y", 1, 0), 0);
+	ck_assert_int_eq(blk_read(blk, 7, &byte, 1), 0);
+	ck_assert_int_eq(byte, 'x');
+	ck_assert_int_eq(blk_flush(blk), 0); /* nothing is in doubt */
+
+	ck_assert_int_eq(truncate("image", 3 * SIZE_BYTES), 0);
+	resize_fails(blk, 4 * SIZE_BYTES, "is back with a disk of 3145728 bytes, it had 2097152");
+	ck_assert_int_eq(blk_read(blk, 7, &byte, 1), -EIO);
+	ck_assert_int_eq(blk_resize(blk, 3 * SIZE_BYTES, 0, &err), 0);
+	ck_assert_int_eq(blk_read(blk, 2 * SIZE_BYTES - 1, &byte, 1), 0);
+	ck_assert_int_eq(byte, 'y');
+	ck_assert_int_eq(truncate("image", SIZE_BYTES), 0);
+	ck_assert_int_eq(blk_resize(blk, SIZE_BYTES, BLK_FORCE, &err), 0);
+	ck_assert_int_eq(blk_read(blk, SIZE_BYTES - 1, &byte, 1), 0);
+
+	far_kill(&far);
+	resize_fails(blk, 2 * SIZE_BYTES, "no new connection: ");
+	stack_close(blk);
+}
+
 /* --- errors of the server --------------------------------------------------------------------- */
 
 static suspends void case_errors_pass(void)
@@ -520,6 +565,7 @@ static const struct unit_case cases[] = {
 	CASE(case_server_gone_for_good),
 	CASE(case_server_freezes),
 	CASE(case_another_disk_is_refused),
+	CASE(case_another_size),
 	CASE(case_errors_pass),
 	CASE(case_server_shutting_down),
 };

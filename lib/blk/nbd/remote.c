@@ -9,7 +9,7 @@
  *
  * A server that is there again must be the same disk: the same size, still writable, with blocks and
  * abilities no worse. Otherwise it is refused with the reason, requests fail at once, and the keeper
- * looks again later: perhaps somebody puts that right.
+ * looks again later: perhaps somebody puts that right. Another size is taken over when a resize asks for it.
  *
  * Failure: a request fails with -EIO when no server is there for `reconnect` seconds, with what the server
  * says otherwise. The layer itself never fails for good.
@@ -23,6 +23,8 @@
 #include "base/units.h"
 #include "base/util.h"
 #include "blk/layers.h"
+
+#define RESIZE_MIN_S 10 /* a new connection may take that, whatever `reconnect` is */
 
 #define OPT(member) offsetof(struct remote, member)
 
@@ -146,7 +148,10 @@ int remote_check_terms(
 {
 	const struct remote_terms *old = &remote->terms;
 
-	if (terms->size != old->size)
+	/* Another size must be everybody's: connections that are up have the old one. */
+	bool resized = terms->size == remote->resize_to && !remote->ready_count;
+
+	if (terms->size != old->size && !resized)
 		return err_set(err, ESTALE,
 			"the server is back with a disk of %llu bytes, it had %llu: it is refused",
 			(unsigned long long)terms->size, (unsigned long long)old->size);
@@ -240,6 +245,44 @@ static suspends void remote_close(struct blk *blk)
 	remote_conn_disconnect(&remote->conns[0]); /* open() failed with a connection */
 }
 
+/* --- another size ----------------------------------------------------------------------------- */
+
+/* A server tells its size in the handshake alone. What is not flushed would be doubtful after it. */
+static suspends int ask_size(struct remote *remote, uint64_t wanted, struct err *err)
+{
+	bool up;
+	int ret = remote->acked != remote->flushed ? remote_flush(&remote->blk) : 0;
+
+	if (ret)
+		return err_sys(err, -ret, "it cannot be flushed");
+	remote->resize_to = wanted;
+	for (unsigned i = 0; i < remote->conn_count; i++)
+		remote_conn_lose(&remote->conns[i], ESTALE, "it is made anew, to ask for the size");
+	remote->refused = false;
+	remote->give_up_ns = reactor_now_ns() + MAX(remote->reconnect_s, RESIZE_MIN_S) * NS_PER_SEC;
+	up = remote_wait_for_connection(remote, NO_DEADLINE);
+	remote->resize_to = 0;
+	return up ? 0 : err_set(err, EIO, "%s", remote->trouble.text);
+}
+
+/* The protocol has no request for it: the server must have done it. */
+static suspends int remote_resize(struct blk *blk, uint64_t size, unsigned flags, struct err *err)
+{
+	struct remote *remote = to_remote(blk);
+	int ret = ask_size(remote, size, err);
+
+	if (ret)
+		return err_wrap(err, "\"%s\"", remote->uri);
+	if (remote->terms.size != size)
+		return err_set(err, EINVAL,
+			"\"%s\" has %llu bytes on its server, not %llu: resize it there first, "
+			"then here to exactly its size",
+			remote->uri, (unsigned long long)remote->terms.size,
+			(unsigned long long)size);
+	blk_size_changed(blk, size);
+	return 0;
+}
+
 /* --- status ----------------------------------------------------------------------------------- */
 
 void remote_note_trouble(struct remote *remote, const struct err *err)
@@ -298,5 +341,6 @@ const struct blk_ops nbd_ops = {
 	.zero = remote_zero,
 	.discard = remote_discard,
 	.extents = remote_extents,
+	.resize = remote_resize,
 	.status = remote_status,
 };

@@ -67,6 +67,7 @@ struct remote {
 	struct co_queue waiting; /* requests, for a connection */
 	uint64_t give_up_ns;     /* while ready_count is 0: when requests are to wait no longer */
 	bool refused;            /* the server is there, but it is not the same disk any more */
+	uint64_t resize_to;      /* a size that is right, too, when it comes back; 0: none */
 	bool closing;
 
 	/* Writes are counted as they are acknowledged; see remote_request.c on flush. */
@@ -107,7 +108,7 @@ struct remote_request {
 
 /* Reads what the handshake brought. An error when we cannot work with it. */
 int remote_read_terms(struct nbd_handle *handle, struct remote_terms *terms, struct err *err);
-/* Whether a server that we came back to still is what we were promised. */
+/* Whether a server that we came back to still is what we were promised, or has the size that we wait for. */
 int remote_check_terms(
 	const struct remote *remote, const struct remote_terms *terms, struct err *err);
 /* Remembers err for status, and tells the administrator unless it is the same as last time. */
@@ -131,6 +132,8 @@ void remote_conn_lose(struct remote_conn *conn, int code, const char *why);
 
 /* --- remote_request.c ------------------------------------------------------------------------- */
 
+/* False: there is none, and it is time to give up. */
+suspends bool remote_wait_for_connection(struct remote *remote, uint64_t give_up_ns);
 /* The server has answered, or will never. */
 void remote_request_end(struct remote_request *request, int result);
 

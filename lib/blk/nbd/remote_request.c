@@ -158,8 +158,7 @@ static struct remote_conn *choose(struct remote *remote, enum remote_type type)
 	return best;
 }
 
-/* False: there is none, and it is time to give up. */
-static suspends bool wait_for_connection(struct remote *remote, uint64_t give_up_ns)
+suspends bool remote_wait_for_connection(struct remote *remote, uint64_t give_up_ns)
 {
 	while (!remote->ready_count) {
 		if (remote->refused || remote->closing)
@@ -192,7 +191,7 @@ static suspends int ask(struct remote *remote, struct remote_request *request)
 		struct remote_conn *conn = choose(remote, request->type);
 
 		if (unlikely(!conn)) {
-			if (!wait_for_connection(remote, give_up_ns))
+			if (!remote_wait_for_connection(remote, give_up_ns))
 				return -ENOTCONN;
 			continue;
 		}
@@ -258,7 +257,7 @@ static suspends int flush_oldest(struct remote *remote, bool *good)
 	uint64_t give_up_ns = NO_DEADLINE;
 
 	for (;;) {
-		if (!wait_for_connection(remote, give_up_ns))
+		if (!remote_wait_for_connection(remote, give_up_ns))
 			return -ENOTCONN;
 
 		struct remote_conn *conn = choose(remote, REMOTE_FLUSH);
