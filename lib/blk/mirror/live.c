@@ -195,6 +195,57 @@ static suspends void exchange(struct mirror *mirror)
 		mirror_degrade(mirror, "intent log: write", 0, 0, ret);
 }
 
+/* --- a primary that hangs --------------------------------------------------------------------- */
+
+struct last_chance {
+	struct mirror *mirror;
+	struct co_queue over;
+	struct co_group waiting;
+};
+
+/* The secondary is asked first: the primary is not left for nothing. */
+static suspends void leave_primary(void *arg)
+{
+	struct last_chance *chance = arg;
+	struct mirror *mirror = chance->mirror;
+	uint64_t deadline_ns = reactor_now_ns() + (uint64_t)mirror->timeout_s * NS_PER_SEC;
+
+	if (co_queue_wait_until(&chance->over, deadline_ns) ||
+		leg_end(leg_begin(mirror, LEG_FLUSH, 0, 0, 0, NULL)) ||
+		mirror->leg->given_up_count || mirror->phase == MIRROR_DETACHED)
+		return;
+	blk_notice(&mirror->blk,
+		"the primary has not answered within %lld s, and is left for the secondary",
+		(long long)mirror->timeout_s);
+	mirror->primary_left = true;
+	blk_abandon(mirror->primary);
+}
+
+static suspends void last_chance_begin(struct last_chance *chance, struct mirror *mirror)
+{
+	chance->mirror = mirror;
+	co_queue_init(&chance->over);
+	co_group_init(&chance->waiting);
+	co_group_start(&chance->waiting, leave_primary, chance);
+}
+
+static suspends void last_chance_end(struct last_chance *chance)
+{
+	co_queue_wake_all(&chance->over);
+	co_group_wait(&chance->waiting);
+}
+
+suspends bool mirror_ask_again(struct mirror *mirror, bool left_before)
+{
+	struct range range;
+
+	if (left_before || !mirror->primary_left)
+		return false;
+	range_lock_acquire(&mirror->writes, &range, 0, UINT64_MAX, false);
+	range_lock_release(&mirror->writes, &range);
+	return true;
+}
+
 /* Both legs hold the same, and durably so, if need be. */
 static suspends int flush_legs(struct mirror *mirror, bool keep, struct err *err)
 {
@@ -226,22 +277,31 @@ static suspends int commit(
 	return ret;
 }
 
-static suspends int promote_locked(
-	struct mirror *mirror, const struct mirror_promotion *promotion, struct err *err)
+static int may_promote(
+	const struct mirror *mirror, const struct mirror_promotion *promotion, struct err *err)
 {
-	bool in_sync = mirror_in_sync(&mirror->blk), keep = promotion->keep;
-	int ret;
+	bool in_sync = mirror_in_sync(&mirror->blk);
 
 	if (mirror->phase == MIRROR_DETACHED)
 		return err_set(err, EINVAL, "the mirror has ended: %s", mirror->note);
-	if (!mirror->secondary || (!in_sync && (!promotion->force || keep)))
+	if (!mirror->secondary || (!in_sync && (!promotion->force || promotion->keep)))
 		return refuse_promote(mirror, err);
 	if (mirror->leg->given_up_count)
 		return err_set(err, EAGAIN,
 			"the secondary has not answered %u requests yet, and a late one could undo "
 			"what is written after it took over",
 			mirror->leg->given_up_count);
-	ret = flush_legs(mirror, keep, err);
+	return 0;
+}
+
+static suspends int promote_locked(
+	struct mirror *mirror, const struct mirror_promotion *promotion, struct err *err)
+{
+	bool keep = promotion->keep;
+	int ret = may_promote(mirror, promotion, err);
+
+	if (!ret)
+		ret = flush_legs(mirror, keep, err);
 	if (!ret)
 		ret = commit(mirror, promotion, err);
 	if (ret)
@@ -263,12 +323,20 @@ suspends int mirror_promote(
 	struct blk *blk, const struct mirror_promotion *promotion, struct err *err)
 {
 	struct mirror *mirror = to_mirror(blk);
+	bool impatient = promotion->force && !promotion->keep;
+	struct last_chance chance;
 	struct range range;
-	int ret;
+	int ret = may_promote(mirror, promotion, err);
 
+	if (ret)
+		return ret;
+	if (impatient)
+		last_chance_begin(&chance, mirror);
 	range_lock_acquire(&mirror->writes, &range, 0, UINT64_MAX, true);
 	ret = promote_locked(mirror, promotion, err);
 	range_lock_release(&mirror->writes, &range);
+	if (impatient)
+		last_chance_end(&chance);
 	return ret;
 }
 

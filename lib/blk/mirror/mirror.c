@@ -135,14 +135,18 @@ static suspends int change_locked(struct mirror *mirror, const struct change *ch
 static suspends int change_any(struct mirror *mirror, const struct change *change)
 {
 	struct range range;
+	bool left;
 	int ret;
 
 	mirror->guest_count++;
 	mirror->guest_written += change->len;
 	mirror_meter_add(&mirror->written, change->len);
-	range_lock_acquire(&mirror->writes, &range, change->off, change->len, true);
-	ret = change_locked(mirror, change);
-	range_lock_release(&mirror->writes, &range);
+	do {
+		left = mirror->primary_left;
+		range_lock_acquire(&mirror->writes, &range, change->off, change->len, true);
+		ret = change_locked(mirror, change);
+		range_lock_release(&mirror->writes, &range);
+	} while (unlikely(ret) && mirror_ask_again(mirror, left));
 	return ret;
 }
 
@@ -234,14 +238,17 @@ static suspends int mirror_read(struct blk *blk, uint64_t off, void *buf, size_t
 {
 	struct mirror *mirror = to_mirror(blk);
 	struct blk *leg;
+	bool left;
 	int ret;
 
 	mirror->guest_count++;
 	/* A leg that failed may have been replaced meanwhile. */
 	do {
+		left = mirror->primary_left;
 		leg = mirror_main_leg(mirror);
 		ret = blk_read(leg, off, buf, len);
-	} while (unlikely(ret) && leg != mirror_main_leg(mirror));
+	} while (unlikely(ret) &&
+		 (mirror_ask_again(mirror, left) || leg != mirror_main_leg(mirror)));
 	if (likely(!ret) || mirror->phase == MIRROR_DETACHED)
 		return ret;
 	mirror_primary_failed(mirror, off, len, ret);
@@ -249,11 +256,8 @@ static suspends int mirror_read(struct blk *blk, uint64_t off, void *buf, size_t
 }
 
 /* While it copies, the flush at the end of the copy is early enough for the secondary. */
-static suspends int mirror_flush(struct blk *blk)
+static suspends int flush_once(struct mirror *mirror)
 {
-	struct mirror *mirror = to_mirror(blk);
-
-	mirror->guest_count++;
 	if (mirror->phase != MIRROR_IN_SYNC)
 		return blk_flush(mirror_main_leg(mirror));
 
@@ -263,6 +267,20 @@ static suspends int mirror_flush(struct blk *blk)
 
 	if (leg_ret)
 		mirror_degrade(mirror, "flush", 0, 0, leg_ret);
+	return ret;
+}
+
+static suspends int mirror_flush(struct blk *blk)
+{
+	struct mirror *mirror = to_mirror(blk);
+	bool left;
+	int ret;
+
+	mirror->guest_count++;
+	do {
+		left = mirror->primary_left;
+		ret = flush_once(mirror);
+	} while (unlikely(ret) && mirror_ask_again(mirror, left));
 	return ret;
 }
 

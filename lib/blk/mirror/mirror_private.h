@@ -170,6 +170,7 @@ struct mirror {
 	enum mirror_phase phase;
 	bool promoted; /* detached, and the secondary serves */
 	bool closing;
+	bool primary_left;        /* it did not answer, and a promotion under way gave it up */
 	bool resizing;            /* by ourselves */
 	bool leg_lost;            /* the secondary had failed when the mirror ended */
 	struct range_lock writes; /* guests' changes and copy steps, exclusive */
@@ -249,6 +250,12 @@ static inline struct blk *mirror_main_leg(const struct mirror *mirror)
 
 /* mirror.c. The secondary, opened and looked at; on an error there is none. */
 suspends int mirror_open_secondary(struct mirror *mirror, struct err *err);
+
+/*
+ * live.c. Whether a request failed because the primary was left meanwhile; left_before: as it was when it began. Then
+ * returns when that has been decided, and the leg that serves now is to be asked.
+ */
+suspends bool mirror_ask_again(struct mirror *mirror, bool left_before);
 
 /* check.c. The first looks at configuration alone, and at the files that it names. */
 suspends int mirror_check_identity(const struct mirror *mirror, struct err *err);
