@@ -201,6 +201,7 @@ install: all
 		sed 's|/usr/local/sbin/|$(SBINDIR)/|; s|/usr/local/bin/|$(BINDIR)/|; s|/etc/blkstack/|$(SYSCONFDIR)/blkstack/|' $$unit \
 			> $(DESTDIR)$(UNITDIR)/$${unit##*/} || exit; done
 	$Qinstall -D -m 644 daemon/ctl/blkstackctl.bash $(DESTDIR)$(COMPLETIONDIR)/blkstackctl
+	$Qinstall -D -m 644 daemon/img/blkstack-img.bash $(DESTDIR)$(COMPLETIONDIR)/blkstack-img
 	$Qinstall -m 644 systemd/blkstack.tmpfiles $(DESTDIR)$(LIBDIR_SYSTEM)/tmpfiles.d/blkstack.conf
 	$Qinstall -m 644 systemd/99-blkstack.rules $(DESTDIR)$(LIBDIR_SYSTEM)/udev/rules.d/
 

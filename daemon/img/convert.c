@@ -362,6 +362,10 @@ static suspends enum img_exit run(struct img *img)
 		ret = img_open_disk(img, img->operands[0], format, true, &convert->source, NULL);
 	else if (format == IMG_QCOW2)
 		ret = err_set(&img->err, EINVAL, "only raw disks can be read from a pipe");
+	if (!ret && !strcmp(img->operands[1], "-"))
+		ret = err_set(&img->err, EINVAL,
+			"a copy cannot be written to standard output: it is not made in one go; "
+			"name a file, or \"./-\" for one of this name");
 	if (!ret && convert->source)
 		convert->size = round_up(blk_caps(convert->source)->size, SECTOR);
 	convert->mapped.disk = convert->source;
@@ -384,9 +388,8 @@ const struct img_command img_convert = {
 	.name = "convert",
 	.operands = "SOURCE TARGET",
 	.summary = "copy a disk into a new image",
-	.help = "SOURCE - reads a raw disk from standard input. The copy is sparse, has no backing "
-		"file and "
-		"no\nsnapshots.\n",
+	.help = "SOURCE - reads a raw disk from standard input; TARGET is a file. The copy is\n"
+		"sparse, has no backing file and no snapshots.\n",
 	.operands_min = 2,
 	.operands_max = 2,
 	.options = options,

@@ -20,7 +20,7 @@ static const struct img_option options[] = {
 	{ 0, "cluster-size", "SIZE", "512 to 2M (64K)" },
 	{ 0, "refcount-bits", "N", "1, 2, 4, 8, 16, 32 or 64 (16)" },
 	{ 0, "extended-l2", NULL, "subclusters: smaller first-touch writes, larger tables" },
-	{ 0, "lazy-refcounts", NULL, "postpone refcounts while the image is in use" },
+	{ 0, "lazy-refcounts", NULL, "mark the image dirty while in use: repaired after a crash" },
 	{ 0, "compression", "TYPE", "of compressed clusters: zlib (the default) or zstd" },
 	{ 'p', "prealloc", "MODE", "off (the default), metadata, falloc or full" },
 	{ 'B', "backing", "FILE", "what is not written shows this file" },
