@@ -416,6 +416,7 @@ void devices_free(struct keeper *keeper)
 			log_error("keeper: %s of export \"%s\" is disconnected without its server: "
 				  "what was not written is lost",
 				kernel_dev_name(held->dev), held->facts.export);
+		held->job = (struct job){ 0 }; /* not as the last request had it */
 		run_free(held, NULL);
 		held_free(held);
 	}
