@@ -103,9 +103,8 @@ static void open_memory(struct held *held)
 	struct err err;
 
 	if (kernel_memory_open(name, size_bytes, &held->journal, &err))
-		log_warning("keeper: /dev/%s cannot be taken up after a death of the keeper if its "
-			    "disk "
-			    "caches writes: %s",
+		log_warning("keeper: if the keeper dies, /dev/%s is lost when its disk caches "
+			    "writes: %s",
 			name, err.text);
 }
 

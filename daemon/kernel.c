@@ -289,8 +289,7 @@ static suspends int attach_once(
 		ret = err_set(err, EIO, "%s is lost already: %s", new->device, end_text(new));
 	if (ret == -ENOTRECOVERABLE)
 		log_error("export \"%s\": %s, left by a daemon before this one, is disconnected, "
-			  "and its "
-			  "users get errors: %s",
+			  "and its users get errors: %s",
 			new->nbd->name, new->device, err->text);
 	if (ret) {
 		door_free(new, ret == -ENOTRECOVERABLE);
