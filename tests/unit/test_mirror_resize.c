@@ -171,6 +171,45 @@ suspends CO_TEST(test_with_a_log)
 	ck_assert_int_eq(unlink("a") | unlink("b") | unlink("log"), 0);
 }
 
+static suspends void shrink(void *arg)
+{
+	struct err err;
+
+	ck_assert_int_eq(blk_resize(arg, MIB, BLK_FORCE, &err), 0);
+}
+
+/* The secondary is cut, the primary not yet: should it end here, the log must know what was cut. */
+suspends CO_TEST(test_a_cut_is_noted_first)
+{
+	struct fault_rules slow = { .delay_ops = FAULT_RESIZE, .delay_us = 50000 };
+	const char *scratch = getenv("SCRATCH");
+	struct test_stack stack;
+	struct co_group group;
+
+	ck_assert_int_eq(chdir(scratch ? scratch : "/tmp"), 0);
+	test_stack_open(&stack, STACK, "intent-log = 'log';");
+
+	struct mirror *mirror = mirror_of(&stack);
+
+	fill_leg(stack.top, 0, 4 * MIB, 'p');
+	wait_phase(mirror, MIRROR_IN_SYNC);
+	mirror_settle(mirror);
+	ck_assert(!bitmap_test(mirror->log.durable, 3));
+	fault_set(fault_find(mirror->primary), &slow);
+	co_group_init(&group);
+	co_group_start(&group, shrink, stack.top);
+	while (blk_caps(mirror->secondary)->size != MIB)
+		co_sleep_ns(NS_PER_MS);
+	ck_assert_uint_eq(blk_caps(mirror->primary)->size, 4 * MIB);
+	ck_assert(!bitmap_test(mirror->log.durable, 0));
+	for (size_t i = 1; i < 4; i++)
+		ck_assert(bitmap_test(mirror->log.durable, i));
+	co_group_wait(&group);
+	check_resized(&stack, MIB);
+	test_stack_close(&stack);
+	ck_assert_int_eq(unlink("log"), 0);
+}
+
 int main(void)
 {
 	Suite *suite = suite_create("mirror_resize");
@@ -182,6 +221,7 @@ int main(void)
 	tcase_add_test(tcase, test_a_secondary_that_hangs);
 	tcase_add_test(tcase, test_refused);
 	tcase_add_test(tcase, test_with_a_log);
+	tcase_add_test(tcase, test_a_cut_is_noted_first);
 	suite_add_tcase(suite, tcase);
 	return test_suite(suite);
 }

@@ -150,7 +150,9 @@ int mirror_check_legs(const struct mirror *mirror, const struct blk *secondary_b
 			primary->block_size, (unsigned long long)secondary->size);
 	if (primary->size != secondary->size)
 		return err_set(err, EINVAL,
-			"lengths differ: the primary has %llu bytes (%s), the secondary %llu (%s)",
+			"lengths differ: the primary has %llu bytes (%s), the secondary %llu (%s). "
+			"Make the secondary as long as the primary, also after a crash amid a "
+			"resize",
 			(unsigned long long)primary->size,
 			units_format_size(primary->size, text[0]),
 			(unsigned long long)secondary->size,

@@ -6,7 +6,8 @@
  * promise that. A secondary that is given up half-way may be resized late: that ends the mirror
  * (mirror_child_resized()), as does one that does not go back.
  *
- * A crash between the two leaves legs of different lengths, which the next start refuses, with both.
+ * A crash between the two leaves legs of different lengths, which the next start refuses, with both and the way
+ * out: the secondary is made as long as the primary. What was cut from it is noted in the log before.
  */
 #include <errno.h>
 #include <stdio.h>
@@ -65,12 +66,8 @@ static suspends void go_back(struct mirror *mirror, uint64_t size)
 		blk_notice(&mirror->blk, "the mirror has ended: %s", err.text);
 		return;
 	}
-	if (size < old_size) {
-		mirror_recent_mark(mirror, size, old_size - size);
-		if (mirror_log_require(mirror, size, old_size - size))
-			mirror_degrade(mirror, "intent log: write", 0, 0, -EIO);
+	if (size < old_size)
 		mirror_dirty_set(mirror, size, old_size - size);
-	}
 }
 
 static suspends int resize_legs(
@@ -92,6 +89,19 @@ static suspends int resize_legs(
 	return ret;
 }
 
+/* Who makes a secondary long again that a crash left short must not find it noted as equal. */
+static suspends int note_cut(struct mirror *mirror, uint64_t size, struct err *err)
+{
+	uint64_t old_size = mirror->blk.caps.size;
+	int ret = 0;
+
+	if (size < old_size) {
+		mirror_recent_mark(mirror, size, old_size - size);
+		ret = mirror_log_require(mirror, size, old_size - size);
+	}
+	return ret ? err_sys(err, -ret, "intent-log \"%s\"", mirror->log_path) : 0;
+}
+
 static suspends int resize_locked(
 	struct mirror *mirror, uint64_t size, unsigned flags, struct err *err)
 {
@@ -102,7 +112,9 @@ static suspends int resize_locked(
 
 	if (ret)
 		return ret;
-	ret = resize_legs(mirror, size, flags, err);
+	ret = note_cut(mirror, size, err);
+	if (!ret)
+		ret = resize_legs(mirror, size, flags, err);
 	if (ret) {
 		free(map.dirty);
 		return ret;
