@@ -17,6 +17,7 @@
 
 #include "base/util.h"
 #include "daemon/listen.h"
+#include "daemon/record.h"
 
 /* --- the list --------------------------------------------------------------------------------- */
 
@@ -126,6 +127,17 @@ static const struct config_running *find_running(
 	return NULL;
 }
 
+/* What is open already needs no file to be created. */
+static bool same_when_open(const struct conf *a, const struct conf *b)
+{
+	struct conf *open_a = record_to_open(a), *open_b = record_to_open(b);
+	bool same = conf_equal(open_a, open_b);
+
+	conf_free(open_a);
+	conf_free(open_b);
+	return same;
+}
+
 /*
  * The stack of the file is compared with that of the file before: one that a mirror has replaced since goes
  * on, as long as the file is silent about it, and also when the file has come to say what runs.
@@ -136,7 +148,7 @@ static bool must_reopen(const struct config_running *running, const struct confi
 
 	if (now->read_only != next->read_only)
 		return true;
-	return !conf_equal(now->stack, next->stack) && !conf_equal(running->stack, next->stack);
+	return !conf_equal(now->stack, next->stack) && !same_when_open(running->stack, next->stack);
 }
 
 /* What has to happen to the device; CONFIG_CHANGE: nothing. */
