@@ -146,6 +146,16 @@ suspends static void discard(struct varlink_call *call)
 	control_put_export(export);
 }
 
+/* Where the config names a device there is a keeper, unless somebody decided against one. */
+static void warn_without_keeper(const struct export *export)
+{
+	if (!export->daemon->keeper)
+		log_warning("export \"%s\": there is no keeper: the death of this process is that "
+			    "of %s; "
+			    "`keeper = true` in the config, and a restart, let it live",
+			export->config->name, kernel_device(export->kernel));
+}
+
 suspends static void attach(struct varlink_call *call)
 {
 	struct export *export = control_get_export(call);
@@ -159,6 +169,8 @@ suspends static void attach(struct varlink_call *call)
 		err_wrap(&err, "export \"%s\"", export->config->name);
 	else if (export->kernel)
 		device = kernel_device(export->kernel);
+	if (!ret && export->kernel)
+		warn_without_keeper(export);
 	control_log_change(call, "attach", export, ret, &err);
 	control_answer(call, ret, &err, json_pack("{s:s}", "device", device));
 	control_put_export(export);
@@ -172,7 +184,11 @@ suspends static void detach(struct varlink_call *call)
 
 	if (!export)
 		return;
+	/* The word before the deed: the server may die in between. */
+	daemon_note_detached(export->daemon, export->config->name, true);
 	int ret = export_detach(export, force, &err);
+	if (ret && export->kernel)
+		daemon_note_detached(export->daemon, export->config->name, false);
 	if (ret)
 		err_wrap(&err, "export \"%s\"", export->config->name);
 	control_log_change(call, force ? "forced detach" : "detach", export, ret, &err);

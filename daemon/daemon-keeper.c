@@ -10,6 +10,7 @@
  * does not answer): its device waits meanwhile, and so does whoever uses it.
  */
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -99,6 +100,42 @@ static void drop_left_overs(struct daemon *daemon)
 		free(names[i]);
 	}
 	free(names);
+}
+
+/* --- notes ------------------------------------------------------------------------------------ */
+
+/* The config names a device for the export, and somebody detached it since the service was started. */
+#define NOTE_DETACHED "detached"
+
+suspends void daemon_note_detached(struct daemon *daemon, const char *export, bool detached)
+{
+	struct keeper_message message = {};
+	struct err err;
+
+	if (!daemon->keeper)
+		return;
+	snprintf(message.export, sizeof(message.export), "%s", export);
+	snprintf(message.text, sizeof(message.text), "%s", detached ? NOTE_DETACHED : "");
+	if (keeper_call(daemon->keeper, KEEPER_NOTE, &message, -1, NULL, &err))
+		log_warning("export \"%s\": the next server will not know that it was detached: %s",
+			export, err.text);
+}
+
+suspends bool daemon_wants_detached(struct daemon *daemon, const char *export)
+{
+	bool detached = false;
+
+	if (!daemon_recovers(daemon))
+		return false;
+	for (uint32_t slot = 0; !detached; slot++) {
+		struct keeper_message message = { .slot = slot };
+
+		if (keeper_call(daemon->keeper, KEEPER_READ, &message, -1, NULL, NULL))
+			break;
+		slot = message.slot;
+		detached = !strcmp(message.export, export) && !strcmp(message.text, NOTE_DETACHED);
+	}
+	return detached;
 }
 
 /* --- meeting ---------------------------------------------------------------------------------- */
@@ -209,6 +246,17 @@ static suspends void look_at_stranger(struct list *link)
 		drop(link, "the config does not have the export any more");
 }
 
+static suspends void let_go(struct list *link)
+{
+	struct kernel_door *door = kernel_kept_door(link);
+
+	log_error(
+		"export \"%s\" could not be opened until the daemon stopped: %s, and who uses it, "
+		"waits for the next start",
+		kernel_kept_export(link), kernel_device(door));
+	kernel_let_go(door);
+}
+
 suspends void daemon_drop_strangers(struct daemon *daemon)
 {
 	struct list *link, *next;
@@ -224,9 +272,14 @@ suspends void daemon_drop_kept(struct daemon *daemon)
 {
 	while (daemon->parking && !list_empty(&daemon->kept_doors))
 		kernel_leave(kernel_kept_door(daemon->kept_doors.next));
-	while (!list_empty(&daemon->kept_doors))
-		drop(daemon->kept_doors.next,
-			"its export could not be opened until the daemon stopped");
+	while (!list_empty(&daemon->kept_doors)) {
+		struct list *link = daemon->kept_doors.next;
+
+		if (kernel_outlives(kernel_kept_door(link)))
+			let_go(link);
+		else
+			drop(link, "its export could not be opened until the daemon stopped");
+	}
 }
 
 struct recovery {

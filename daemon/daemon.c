@@ -176,7 +176,8 @@ static suspends int attach_devices(struct daemon *daemon, struct err *err)
 
 	list_for_each (link, &daemon->exports) {
 		struct export *export = list_entry(link, struct export, link);
-		if (ret || daemon->stopping || export->kernel || !*export->config->device)
+		if (ret || daemon->stopping || export->kernel || !*export->config->device ||
+			daemon_wants_detached(daemon, export->config->name))
 			continue;
 		keeper_tell(daemon->keeper, KEEPER_STATUS, "Attaching export \"%s\" to the kernel",
 			export->config->name);

@@ -86,6 +86,9 @@ suspends int daemon_meet_keeper(struct daemon *daemon, struct err *err);
 void daemon_leave_listeners(struct daemon *daemon);
 /* Whether a server before this one served already: then one export's error is not the end of all. */
 bool daemon_recovers(const struct daemon *daemon);
+/* What the operator said of an export's device, for the servers after this one: it stays detached. */
+suspends void daemon_note_detached(struct daemon *daemon, const char *export, bool detached);
+suspends bool daemon_wants_detached(struct daemon *daemon, const char *export);
 /* Tries again and again to start an export that did not, for the reason in err. */
 void daemon_start_later(
 	struct daemon *daemon, const struct config_export *config, const struct err *err);

@@ -335,6 +335,7 @@ static suspends int attach(struct export *export, const char *device, struct err
 		return ret;
 	}
 	export->kernel_size = opts.size_bytes;
+	daemon_note_detached(export->daemon, config->name, false);
 	log_info("export \"%s\": attached to %s", export->config->name,
 		kernel_device(export->kernel));
 	return 0;
@@ -400,7 +401,8 @@ static suspends int take_over(struct export *export, struct err *err)
 		if (!ret) {
 			export->kernel = door;
 			export->kernel_size = kernel_size(door);
-			log_info("export \"%s\": %s goes on", name, kernel_device(door));
+			if (!kernel_is_held(door))
+				log_info("export \"%s\": %s goes on", name, kernel_device(door));
 			co_start(resized_by_itself, export);
 			return 0;
 		}

@@ -17,6 +17,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "base/cleanup.h"
@@ -96,13 +97,13 @@ static struct held *find(struct keeper *keeper, uint32_t slot)
 /* --- what jobs do, on their threads ----------------------------------------------------------- */
 
 /* A journal that outlives the keeper, as the device does. Without it the server brings one that does not. */
-static void open_memory(struct held *held)
+static void open_memory(const struct held *held, unsigned connections, int *journal)
 {
 	const char *name = kernel_dev_name(held->dev);
-	size_t size_bytes = nbd_journal_size(held->ends.count, NBD_JOURNAL_ARENA_DEFAULT_BYTES);
+	size_t size_bytes = nbd_journal_size(connections, NBD_JOURNAL_ARENA_DEFAULT_BYTES);
 	struct err err;
 
-	if (kernel_memory_open(name, size_bytes, &held->journal, &err))
+	if (kernel_memory_open(name, size_bytes, journal, &err))
 		log_warning("keeper: if the keeper dies, /dev/%s is lost when its disk caches "
 			    "writes: %s",
 			name, err.text);
@@ -125,8 +126,20 @@ static int run_claim(struct held *held, struct err *err)
 
 	int ret = kernel_dev_claim(&opts, dev_ended, held, &held->dev, &held->ends, err);
 	if (!ret && kernel_dev_mode(held->dev) == KERNEL_DEV_NETLINK)
-		open_memory(held);
+		open_memory(held, held->ends.count, &held->journal);
 	return ret;
+}
+
+static int run_reconnect(struct held *held, struct err *err)
+{
+	struct job *job = &held->job;
+	int ret = kernel_dev_reconnect(held->dev, &job->ends, err);
+
+	if (ret)
+		return ret;
+	kernel_memory_forget(kernel_dev_name(held->dev));
+	open_memory(held, job->ends.count, &job->journal);
+	return 0;
 }
 
 static int run_settle(struct held *held, struct err *err)
@@ -160,7 +173,8 @@ static int run_free(struct held *held, struct err *err)
 {
 	if (held->job.request.force)
 		kernel_dev_disown(held->dev);
-	kernel_name_forget(kernel_dev_name(held->dev));
+	if (!kernel_dev_stays(held->dev))
+		kernel_name_forget(kernel_dev_name(held->dev));
 	kernel_dev_free(held->dev);
 	return 0;
 }
@@ -180,7 +194,7 @@ static int job_start(
 	pthread_attr_t attr;
 	pthread_t thread;
 
-	held->job = (struct job){ .run = run, .running = true, .server = server };
+	held->job = (struct job){ .run = run, .running = true, .server = server, .journal = -1 };
 	if (request)
 		held->job.request = *request;
 	pthread_attr_init(&attr);
@@ -235,10 +249,21 @@ static void answer_job(struct held *held)
 		return;
 	if (job->ret)
 		snprintf(answer.text, sizeof(answer.text), "%s", job->err.text);
-	if (job->run == run_claim && !job->ret)
+	if ((job->run == run_claim || job->run == run_reconnect) && !job->ret)
 		hand_out(held, job->request.id);
 	else
 		keeper_say(held->keeper, KEEPER_ANSWER, &answer, NULL, 0);
+}
+
+/* New connections begin without a past. */
+static void take_new_ends(struct held *held)
+{
+	kernel_ends_close(&held->ends);
+	held->ends = held->job.ends;
+	held->facts.settled = false;
+	if (held->journal >= 0)
+		close(held->journal);
+	held->journal = held->job.journal;
 }
 
 static void job_done(struct held *held)
@@ -246,6 +271,8 @@ static void job_done(struct held *held)
 	struct job *job = &held->job;
 
 	job->running = false;
+	if (job->run == run_reconnect && !job->ret)
+		take_new_ends(held);
 	if (job->run == run_resize && !job->ret)
 		held->facts.size_bytes = job->request.size_bytes;
 	if (job->run == run_settle)
@@ -340,6 +367,12 @@ static void claim(struct keeper *keeper, const struct keeper_message *request)
 	}
 }
 
+/* A job that may bring a journal of its own. */
+static bool makes_journal(const struct held *held)
+{
+	return held->job.running && (held->job.run == run_claim || held->job.run == run_reconnect);
+}
+
 static void next(struct keeper *keeper, const struct keeper_message *request)
 {
 	for (uint32_t slot = request->slot; slot < KEEPER_DEVICES_MAX; slot++) {
@@ -349,10 +382,24 @@ static void next(struct keeper *keeper, const struct keeper_message *request)
 
 		if (!held || claiming || held->job.run == run_free)
 			continue;
+		if (makes_journal(held))
+			return refuse(
+				keeper, request, EAGAIN, "its connections are being replaced");
 		held->facts.restarts++; /* the servers that got it after the one that claimed it */
 		return hand_out(held, request->id);
 	}
 	refuse(keeper, request, ENOENT, "no more devices");
+}
+
+/* Memory that nobody can take away from under the server that maps it, and no more than one can need. */
+static bool journal_ok(int fd)
+{
+	const int sealed = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
+	int seals = fcntl(fd, F_GET_SEALS);
+	struct stat stat;
+
+	return seals >= 0 && (seals & sealed) == sealed && !fstat(fd, &stat) &&
+	       stat.st_size <= KEEPER_JOURNAL_MAX_BYTES;
 }
 
 static void take_journal(
@@ -361,7 +408,8 @@ static void take_journal(
 	const struct keeper_message answer = { .id = request->id };
 	struct held *held = find(keeper, request->slot);
 
-	if (!held || held->journal >= 0 || fds->count != 1)
+	if (!held || makes_journal(held) || held->journal >= 0 || fds->count != 1 ||
+		!journal_ok(fds->fd[0]))
 		return refuse(keeper, request, EINVAL, "the keeper has no use for the journal");
 	held->journal = fds->fd[--fds->count];
 	keeper_say(keeper, KEEPER_ANSWER, &answer, NULL, 0);
@@ -370,6 +418,7 @@ static void take_journal(
 static void change(struct keeper *keeper, const struct keeper_message *request)
 {
 	static job_fn *const runs[KEEPER_WORDS] = {
+		[KEEPER_RECONNECT] = run_reconnect,
 		[KEEPER_SETTLE] = run_settle,
 		[KEEPER_RESIZE] = run_resize,
 		[KEEPER_USERS] = run_users,
@@ -412,9 +461,10 @@ void devices_free(struct keeper *keeper)
 		if (!held || !held->dev || held->job.running)
 			continue;
 		if (!held->ended)
-			log_error("keeper: %s of export \"%s\" is disconnected without its server: "
-				  "what was not written is lost",
-				kernel_dev_name(held->dev), held->facts.export);
+			log_error("keeper: %s of export \"%s\" is left without its server: %s",
+				kernel_dev_name(held->dev), held->facts.export,
+				kernel_dev_stays(held->dev) ? "its users wait for the next start"
+							    : "what was not written is lost");
 		held->job = (struct job){ 0 }; /* not as the last request had it */
 		run_free(held, NULL);
 		held_free(held);

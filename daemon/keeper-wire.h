@@ -11,16 +11,20 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#define KEEPER_VERSION 2 /* keeper and server must agree, also across an upgrade of the server */
+#define KEEPER_VERSION 3 /* keeper and server must agree, also across an upgrade of the server */
 
 #define KEEPER_DEVICES_MAX     256
 #define KEEPER_LISTENERS_MAX   64
+#define KEEPER_NOTES_MAX       256
 #define KEEPER_CONNECTIONS_MAX 16                               /* per device */
 #define KEEPER_FDS_MAX         (2 * KEEPER_CONNECTIONS_MAX + 1) /* with one message */
+
+#define KEEPER_JOURNAL_MAX_BYTES (INT64_C(2) << 30)
 
 #define KEEPER_EXPORT_LEN 65 /* with the final NUL, as all of them */
 #define KEEPER_DEVICE_LEN 40
 #define KEEPER_TEXT_LEN   512
+#define KEEPER_NOTE_LEN   64
 
 enum keeper_word {
 	/* Requests of the server; each gets an ANSWER with its id. */
@@ -29,7 +33,8 @@ enum keeper_word {
 	/* export, device, sizes, flags, connections. Answer: slot, device, connections; the server's ends,
 	   as many of the driver's, and the journal if there is one. */
 	KEEPER_CLAIM,
-	KEEPER_JOURNAL, /* slot, as all that follow; memory, for the next server */
+	KEEPER_JOURNAL, /* slot, as all that follow; memory of a sealed size, for the next server */
+	KEEPER_RECONNECT, /* drops the journal. Answer: as CLAIM's, with new connections */
 	KEEPER_SETTLE,
 	KEEPER_RESIZE,  /* size_bytes */
 	KEEPER_USERS,   /* an error says who uses it */
@@ -37,6 +42,8 @@ enum keeper_word {
 	KEEPER_FREE,    /* force: what is on it is lost, so it is disconnected in any case */
 	KEEPER_FORGET,  /* all listening sockets but those of the service manager */
 	KEEPER_KEEP,    /* a listening socket: the next server gets it too */
+	KEEPER_NOTE,    /* export, text: for the servers to come; no text: no note */
+	KEEPER_READ, /* slot. Answer: the first note at or after it, with its slot; -ENOENT: none */
 	/* force: also if it is the one that runs (else -EALREADY). */
 	KEEPER_UPGRADE, /* start the program that is installed now when this server has ended */
 

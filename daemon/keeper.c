@@ -20,6 +20,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
@@ -35,19 +36,21 @@
 
 #include <systemd/sd-daemon.h>
 
+#include "base/cleanup.h"
 #include "base/log.h"
 #include "base/util.h"
 #include "daemon/keeper_private.h"
 #include "daemon/kernel.h"
 #include "daemon/listen.h"
 
-#define NS_PER_SEC       UINT64_C(1000000000)
-#define EARLY_NS         (2 * NS_PER_SEC) /* a server that lives longer did not die of its start */
-#define PAUSE_MIN_NS     (NS_PER_SEC / 10)
-#define PAUSE_MAX_NS     (10 * NS_PER_SEC)
-#define EARLY_DEATHS_MAX 8
-#define UPGRADE_NS       (60 * NS_PER_SEC) /* for the new program to be ready */
-#define NEVER            UINT64_MAX
+#define NS_PER_SEC        UINT64_C(1000000000)
+#define EARLY_NS          (2 * NS_PER_SEC) /* a server that lives longer did not die of its start */
+#define PAUSE_MIN_NS      (NS_PER_SEC / 10)
+#define PAUSE_MAX_NS      (10 * NS_PER_SEC)
+#define EARLY_DEATHS_MAX  8
+#define UPGRADE_NS        (60 * NS_PER_SEC) /* for the new program to be ready */
+#define MESSAGES_PER_TURN 64
+#define NEVER             UINT64_MAX
 
 enum phase { STARTING, SERVING, STOPPING, PARKED };
 
@@ -93,7 +96,8 @@ void keeper_say(struct keeper *keeper, enum keeper_word word, const struct keepe
 		return;
 	/* It waits for this answer, or has not read for ages. */
 	log_error("keeper: the server does not listen: %s; killing it", strerror(-ret));
-	kill(keeper->server, SIGKILL);
+	if (keeper->server)
+		kill(keeper->server, SIGKILL);
 }
 
 /* --- starting a server ------------------------------------------------------------------------ */
@@ -344,6 +348,24 @@ static void forget(struct life *life, const struct keeper_message *request)
 	keeper_say(&life->keeper, KEEPER_ANSWER, &answer, NULL, 0);
 }
 
+static void write_note(struct life *life, const struct keeper_message *request)
+{
+	const struct keeper_message answer = {
+		.id = request->id,
+		.ret = notes_write(&life->keeper.notes, request),
+	};
+
+	keeper_say(&life->keeper, KEEPER_ANSWER, &answer, NULL, 0);
+}
+
+static void read_note(struct life *life, const struct keeper_message *request)
+{
+	struct keeper_message answer = { .id = request->id };
+
+	answer.ret = notes_read(&life->keeper.notes, request->slot, &answer);
+	keeper_say(&life->keeper, KEEPER_ANSWER, &answer, NULL, 0);
+}
+
 static void handle(struct life *life, const struct keeper_message *said, struct keeper_fds *fds)
 {
 	switch (said->word) {
@@ -352,6 +374,7 @@ static void handle(struct life *life, const struct keeper_message *said, struct 
 	case KEEPER_NEXT:
 	case KEEPER_CLAIM:
 	case KEEPER_JOURNAL:
+	case KEEPER_RECONNECT:
 	case KEEPER_SETTLE:
 	case KEEPER_RESIZE:
 	case KEEPER_USERS:
@@ -362,6 +385,10 @@ static void handle(struct life *life, const struct keeper_message *said, struct 
 		return forget(life, said);
 	case KEEPER_KEEP:
 		return keep(life, said, fds);
+	case KEEPER_NOTE:
+		return write_note(life, said);
+	case KEEPER_READ:
+		return read_note(life, said);
 	case KEEPER_UPGRADE:
 		return prepare_upgrade(life, said);
 	case KEEPER_READY:
@@ -385,22 +412,34 @@ static void handle(struct life *life, const struct keeper_message *said, struct 
 	}
 }
 
-/* All that has come; then a death can be judged by the last words. */
-static void hear_server(struct life *life)
+static void stop_listening(struct keeper *keeper)
+{
+	if (keeper->sock >= 0)
+		close(take_fd(&keeper->sock));
+}
+
+/* Some of what has come: one that never stops talking must not keep the keeper from everything else. */
+static void hear_server(struct life *life, unsigned most)
 {
 	struct keeper *keeper = &life->keeper;
 	struct keeper_message said;
 	struct keeper_fds fds;
-	int ret;
+	int ret = 1;
 
-	while ((ret = keeper_receive(keeper->sock, &said, &fds)) > 0) {
+	for (unsigned count = 0; count < most && keeper->sock >= 0; count++) {
+		ret = keeper_receive(keeper->sock, &said, &fds);
+		if (ret <= 0)
+			break;
 		handle(life, &said, &fds);
 		keeper_fds_close(&fds);
 	}
 	if (ret == -EPROTO)
 		log_error("keeper: the server talks nonsense; killing it");
-	if ((!ret || ret == -EPROTO) && keeper->server)
+	if (ret && ret != -EPROTO)
+		return;
+	if (keeper->server)
 		kill(keeper->server, SIGKILL); /* it ends anyhow, or should */
+	stop_listening(keeper);
 }
 
 /* --- signals ---------------------------------------------------------------------------------- */
@@ -412,10 +451,9 @@ static void reap_server(struct life *life)
 
 	if (!keeper->server || waitpid(keeper->server, &status, WNOHANG) != keeper->server)
 		return;
-	hear_server(life);
-	close(keeper->sock);
-	keeper->sock = -1;
 	keeper->server = 0;
+	hear_server(life, UINT_MAX); /* a death is judged by the last words */
+	stop_listening(keeper);
 	server_ended(life, status);
 }
 
@@ -538,7 +576,7 @@ static void turn(struct life *life)
 		if (fds[1].revents)
 			devices_events(&life->keeper);
 		if (fds[2].revents)
-			hear_server(life);
+			hear_server(life, MESSAGES_PER_TURN);
 		if (fds[0].revents)
 			handle_signals(life);
 	}

@@ -25,6 +25,8 @@ struct job {
 	bool running;
 	uint64_t server;               /* which server asked; 0: the keeper itself */
 	struct keeper_message request; /* checked */
+	struct kernel_ends ends;       /* of a reconnect, with its journal or -1 */
+	int journal;
 	int ret;
 	struct err err;
 };
@@ -76,6 +78,21 @@ int listeners_add(struct listeners *listeners, int fd, const char *name);
 /* Those that listeners_add() got as LISTEN_KEPT. */
 void listeners_forget(struct listeners *listeners);
 
+/* --- notes: keeper-notes.c --------------------------------------------------------------------- */
+
+/* What servers have to say to each other about an export, in words that the keeper does not know. */
+struct notes {
+	struct note {
+		char export[KEEPER_EXPORT_LEN]; /* "": there is none here */
+		char text[KEEPER_NOTE_LEN];
+	} items[KEEPER_NOTES_MAX];
+};
+
+/* 0; -ENOSPC, -EINVAL. */
+int notes_write(struct notes *notes, const struct keeper_message *request);
+/* -ENOENT: no more. Fills in slot, export and text. */
+int notes_read(const struct notes *notes, uint32_t slot, struct keeper_message *answer);
+
 /* --- the server: keeper-spawn.c --------------------------------------------------------------- */
 
 struct keeper_spawn {
@@ -93,6 +110,7 @@ pid_t keeper_spawn(const struct keeper_spawn *spawn);
 struct keeper {
 	struct devices devices;
 	struct listeners listeners;
+	struct notes notes;
 	pid_t server;       /* 0: none runs */
 	uint64_t server_id; /* counts servers, from 1 */
 	int sock;           /* to the server that runs, or -1 */

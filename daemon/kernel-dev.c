@@ -19,6 +19,7 @@
 #include <fcntl.h>
 #include <linux/fs.h>
 #include <linux/nbd.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
@@ -93,6 +94,24 @@ enum kernel_dev_mode kernel_dev_mode(const struct kernel_dev *dev)
 bool kernel_dev_adopted(const struct kernel_dev *dev)
 {
 	return dev->adopted;
+}
+
+static bool has_ended(const struct kernel_dev *dev)
+{
+	pthread_mutex_t *mutex = (pthread_mutex_t *)&dev->mutex;
+
+	pthread_mutex_lock(mutex);
+	bool ended = dev->state == ENDED;
+	pthread_mutex_unlock(mutex);
+	return ended;
+}
+
+/* What the driver gave up may be somebody else's by now. */
+static int check_ours(const struct kernel_dev *dev, struct err *err)
+{
+	if (!has_ended(dev))
+		return 0;
+	return err_set(err, ENODEV, "/dev/%s: the kernel has given it up", dev->name);
 }
 
 static void device_path(const struct kernel_dev *dev, char path[KERNEL_NAME_LEN + 8])
@@ -422,7 +441,10 @@ int kernel_dev_settle(struct kernel_dev *dev, struct err *err)
 	char path[KERNEL_NAME_LEN + 8], number[24];
 	struct err first = { 0 };
 	uint64_t limit_kib = MAX_REQUEST_KIB;
+	int ret = check_ours(dev, err);
 
+	if (ret)
+		return ret;
 	dev->settled = true;
 	kernel_sysfs_number(dev->name, "queue/max_hw_sectors_kb", &limit_kib);
 	snprintf(number, sizeof(number), "%u", (unsigned)MIN(limit_kib, (uint64_t)MAX_REQUEST_KIB));
@@ -545,8 +567,10 @@ static int set_size_watched(struct kernel_dev *dev, uint64_t size_bytes, struct 
 int kernel_dev_resize(struct kernel_dev *dev, uint64_t size_bytes, struct err *err)
 {
 	uint64_t seen_sectors = 0;
-	int ret;
+	int ret = check_ours(dev, err);
 
+	if (ret)
+		return ret;
 	if (!is_aligned(size_bytes, dev->opts.block_size))
 		return err_set(err, EINVAL,
 			"/dev/%s: %lu bytes is no multiple of its block size of %u", dev->name,
@@ -589,19 +613,13 @@ int kernel_dev_users(const struct kernel_dev *dev, struct err *err)
 {
 	char path[KERNEL_NAME_LEN + 8];
 
+	if (has_ended(dev))
+		return 0;
 	device_path(dev, path);
 
 	CLEANUP(fd) int exclusive = open(path, O_RDONLY | O_EXCL | O_CLOEXEC);
 
 	return check_unused(dev, exclusive, err) ? err_wrap(err, "%s is in use", path) : 0;
-}
-
-static bool has_ended(struct kernel_dev *dev)
-{
-	pthread_mutex_lock(&dev->mutex);
-	bool ended = dev->state == ENDED;
-	pthread_mutex_unlock(&dev->mutex);
-	return ended;
 }
 
 static bool wait_until_ended(struct kernel_dev *dev)
@@ -665,13 +683,27 @@ static void keep_udev_away(int exclusive)
 	}
 }
 
-int kernel_dev_release(struct kernel_dev *dev, bool force, struct err *err)
+/* All its connections are broken: whoever as much as opens it waits for others, up to its time-out. */
+static bool is_cut_off(struct kernel_dev *dev)
+{
+	struct pollfd fds[KERNEL_CONNECTIONS_MAX];
+	unsigned count = dev->opts.connections;
+
+	if (dev->how->mode != KERNEL_DEV_NETLINK)
+		return false; /* it ends with its connections */
+	pthread_mutex_lock(&dev->mutex);
+	for (unsigned i = 0; i < count; i++)
+		fds[i] = (struct pollfd){ .fd = dev->kernel_sock[i] };
+	pthread_mutex_unlock(&dev->mutex);
+	return poll(fds, count, 0) == (int)count;
+}
+
+/* Its users, its cache; then it can go. */
+static int prepare_release(struct kernel_dev *dev, bool force, struct err *err)
 {
 	char path[KERNEL_NAME_LEN + 8];
 	int ret;
 
-	if (has_ended(dev))
-		return 0;
 	device_path(dev, path);
 
 	CLEANUP(fd) int exclusive = open(path, O_RDONLY | O_EXCL | O_CLOEXEC);
@@ -684,15 +716,40 @@ int kernel_dev_release(struct kernel_dev *dev, bool force, struct err *err)
 	if (ret && !force)
 		return err_sys(
 			err, -ret, "%s stays attached: its cache cannot be written back", path);
+	return 0;
+}
+
+int kernel_dev_release(struct kernel_dev *dev, bool force, struct err *err)
+{
+	bool cut_off = is_cut_off(dev);
+	int ret = 0;
+
+	if (has_ended(dev))
+		return 0;
+	if (cut_off && !force)
+		return err_set(err, EIO,
+			"/dev/%s stays attached: its connections are broken, so its cache cannot "
+			"be written back",
+			dev->name);
+	if (!cut_off)
+		ret = prepare_release(dev, force, err);
+	if (ret)
+		return ret;
 	ret = dev->how->disconnect(dev, err);
 	if (ret)
-		return err_wrap(err, "%s", path);
+		return err_wrap(err, "/dev/%s", dev->name);
 	if (wait_until_ended(dev))
 		return 0;
 	dev->how->stop(dev);
 	if (wait_until_ended(dev))
 		return 0;
-	return err_set(err, ETIMEDOUT, "%s: requests in flight do not end", path);
+	return err_set(err, ETIMEDOUT, "/dev/%s: requests in flight do not end", dev->name);
+}
+
+bool kernel_dev_stays(const struct kernel_dev *dev)
+{
+	return dev->has_thread && dev->how->mode == KERNEL_DEV_NETLINK && !has_ended(dev) &&
+	       (dev->settled || dev->adopted);
 }
 
 void kernel_dev_disown(struct kernel_dev *dev)
@@ -709,8 +766,7 @@ void kernel_dev_free(struct kernel_dev *dev)
 
 	if (!dev)
 		return;
-	bool attached = dev->has_thread && dev->how->mode == KERNEL_DEV_NETLINK &&
-			!has_ended(dev) && (dev->settled || dev->adopted);
+	bool stays = kernel_dev_stays(dev);
 
 	if (dev->how)
 		dev->how->stop(dev);
@@ -719,7 +775,7 @@ void kernel_dev_free(struct kernel_dev *dev)
 	kernel_dev_disconnect(dev);
 	close_fd(&dev->fd);
 	close_fd(&dev->wake);
-	if (dev->has_thread && !attached) {
+	if (dev->has_thread && !stays) {
 		/* An open notices that the disk is gone and drops the nodes of its partitions. */
 		device_path(dev, path);
 		dev->fd = open(path, O_RDONLY | O_CLOEXEC);

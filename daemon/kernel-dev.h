@@ -84,12 +84,16 @@ int kernel_dev_users(const struct kernel_dev *dev, struct err *err);
 /*
  * Writes the device's cache back, then disconnects. Refused with -EBUSY and the names of the users while
  * mounted, held or open, unless force. The server must answer NBD_CMD_DISC by closing its socket.
- * -EIO when the cache could not be written (not disconnected then, unless force).
+ * -EIO when the cache could not be written (not disconnected then, unless force). With broken connections it
+ * cannot, and that is not tried.
  */
 int kernel_dev_release(struct kernel_dev *dev, bool force, struct err *err);
 
 /* What was on it is lost: breaks its connections now, and kernel_dev_free() disconnects it. */
 void kernel_dev_disown(struct kernel_dev *dev);
+
+/* Whether kernel_dev_free() leaves it connected: the next process to claim it goes on with it. */
+bool kernel_dev_stays(const struct kernel_dev *dev);
 
 /*
  * Disconnects if need be (without a flush), waits for the driver, frees. By netlink a device that somebody may use stays,

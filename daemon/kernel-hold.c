@@ -114,7 +114,8 @@ static int call_free(struct call *call)
 {
 	if (call->force)
 		kernel_dev_disown(call->hold->dev);
-	kernel_name_forget(call->hold->name);
+	if (!kernel_dev_stays(call->hold->dev))
+		kernel_name_forget(call->hold->name);
 	kernel_dev_free(call->hold->dev);
 	return 0;
 }
@@ -161,6 +162,13 @@ void kernel_hold_init(struct kernel_hold *hold, struct keeper_link *keeper, cons
 	list_init(&hold->kept.link);
 	co_queue_init(&hold->end);
 	task_init(&hold->ended_task, ended_here);
+}
+
+static void drop_ends(struct kernel_hold *hold)
+{
+	kernel_ends_close(&hold->ends);
+	if (hold->journal >= 0)
+		close(take_fd(&hold->journal));
 }
 
 static void take_ends(struct kernel_hold *hold, struct keeper_fds *fds)
@@ -223,10 +231,18 @@ suspends int kernel_hold_claim(struct kernel_hold *hold, struct err *err)
 suspends int kernel_hold_take_over(struct kernel_hold *hold, struct keeper_link *keeper,
 	uint32_t *slot, char export_name[KEEPER_EXPORT_LEN], struct err *err)
 {
-	struct keeper_message message = { .slot = *slot };
+	struct keeper_message message;
 	struct keeper_fds fds;
-	int ret = keeper_call(keeper, KEEPER_NEXT, &message, -1, &fds, err);
+	int ret;
 
+	/* A predecessor's call may be under way that gives it other connections. */
+	for (;;) {
+		message = (struct keeper_message){ .slot = *slot };
+		ret = keeper_call(keeper, KEEPER_NEXT, &message, -1, &fds, err);
+		if (ret != -EAGAIN)
+			break;
+		co_sleep_ns(NS_PER_SEC / 50);
+	}
 	if (ret)
 		return ret;
 	const struct kernel_dev_opts opts = {
@@ -280,6 +296,20 @@ suspends int kernel_hold_set_journal(struct kernel_hold *hold, int fd, struct er
 	struct keeper_message message = { .slot = hold->kept.slot };
 
 	return keeper_call(hold->keeper, KEEPER_JOURNAL, &message, fd, NULL, err);
+}
+
+suspends int kernel_hold_reconnect(struct kernel_hold *hold, struct err *err)
+{
+	struct keeper_message message = { .slot = hold->kept.slot };
+	struct keeper_fds fds;
+	int ret = keeper_call(hold->keeper, KEEPER_RECONNECT, &message, -1, &fds, err);
+
+	if (ret)
+		return ret;
+	drop_ends(hold);
+	take_ends(hold, &fds);
+	hold->settled = false;
+	return 0;
 }
 
 suspends int kernel_hold_settle(struct kernel_hold *hold, struct err *err)
@@ -342,7 +372,5 @@ suspends void kernel_hold_disconnect(struct kernel_hold *hold, bool lost)
 void kernel_hold_leave(struct kernel_hold *hold)
 {
 	list_remove(&hold->kept.link);
-	kernel_ends_close(&hold->ends);
-	if (hold->journal >= 0)
-		close(take_fd(&hold->journal));
+	drop_ends(hold);
 }

@@ -57,6 +57,12 @@ suspends int kernel_hold_take_over(struct kernel_hold *hold, struct keeper_link 
 /* The keeper keeps the memory for the next server; fd stays the caller's. */
 suspends int kernel_hold_set_journal(struct kernel_hold *hold, int fd, struct err *err);
 
+/*
+ * With a keeper, netlink only: other connections, on which the driver repeats what was not answered. The journal
+ * is gone, and kernel_hold_settle() is due again. As kernel_dev_reconnect().
+ */
+suspends int kernel_hold_reconnect(struct kernel_hold *hold, struct err *err);
+
 /* As kernel_dev_settle(), and the device's name is made known to udev. */
 suspends int kernel_hold_settle(struct kernel_hold *hold, struct err *err);
 suspends int kernel_hold_resize(struct kernel_hold *hold, uint64_t size_bytes, struct err *err);

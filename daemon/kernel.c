@@ -40,7 +40,8 @@ struct kernel_door {
 	struct nbd_export *nbd;
 	struct kernel_hold hold;
 	char device[KERNEL_NAME_LEN + 8];
-	bool detaching; /* the end is expected */
+	bool detaching;  /* the end is expected */
+	struct err held; /* why nobody serves it, though it is attached; "": somebody does */
 
 	/* With a keeper. The connections are the journal's, and go on after this process. */
 	struct nbd_journal *journal;
@@ -53,6 +54,11 @@ static const char *end_text(const struct kernel_door *door)
 {
 	return door->hold.end_reason ? strerror(door->hold.end_reason)
 				     : "another program disconnected it, or its connection broke";
+}
+
+static bool is_held(const struct kernel_door *door)
+{
+	return door->held.code && !door->hold.ended;
 }
 
 static void door_ended(struct kernel_hold *hold)
@@ -310,6 +316,12 @@ suspends int kernel_attach(
 
 suspends int kernel_detach(struct kernel_door *door, bool force, struct err *err)
 {
+	if (is_held(door) && !force)
+		return err_set(err, EBUSY, "%s", door->held.text);
+	if (is_held(door)) {
+		door_free(door, true);
+		return 0;
+	}
 	door->detaching = true;
 	int ret = kernel_hold_release(&door->hold, force, err);
 	if (ret) {
@@ -322,6 +334,8 @@ suspends int kernel_detach(struct kernel_door *door, bool force, struct err *err
 
 suspends int kernel_check_unused(struct kernel_door *door, struct err *err)
 {
+	if (is_held(door))
+		return err_set(err, EBUSY, "%s", door->held.text);
 	return door->hold.ended ? 0 : kernel_hold_check_unused(&door->hold, err);
 }
 
@@ -329,6 +343,8 @@ suspends int kernel_resize(struct kernel_door *door, uint64_t size_bytes, struct
 {
 	if (door->hold.ended)
 		return err_set(err, ENODEV, "%s is lost: %s", door->device, end_text(door));
+	if (door->held.code)
+		return err_set(err, EBUSY, "%s", door->held.text);
 	return kernel_hold_resize(&door->hold, size_bytes, err);
 }
 
@@ -392,6 +408,69 @@ struct kernel_door *kernel_kept_door(struct list *link)
 	return list_entry(link, struct kernel_door, link);
 }
 
+static suspends void look_at_cache(void *arg)
+{
+	struct opening *opening = arg;
+	const struct blk_caps *caps = blk_caps(opening->door->nbd->blk);
+
+	if (caps->dies_with_process)
+		opening->ret = err_set(opening->err, ENOTRECOVERABLE,
+			"what the disk held was in the memory of the server that is gone");
+	else if (caps->caches_writes)
+		opening->ret = err_set(opening->err, EUCLEAN,
+			"what its disk had not flushed died with the server");
+}
+
+/*
+ * The journal tells nothing: what was asked and not answered comes again on new connections. What was answered and
+ * is not durable would be lost without a word, where the stack had it in the memory of the server.
+ */
+static suspends int reconnect(struct kernel_door *door, struct err *err)
+{
+	struct opening opening = { .door = door, .err = err };
+
+	co_call_on(door->nbd->home, look_at_cache, &opening);
+	return opening.ret ? opening.ret : kernel_hold_reconnect(&door->hold, err);
+}
+
+/* Nothing exact can be done: its users wait, for a word of the operator's. */
+static void hold_back(struct kernel_door *door, const char *journal, const char *remedy)
+{
+	err_set(&door->held, EBUSY,
+		"%s is held, its users wait: %s; no other way to go on: %s; `detach --force` gives "
+		"them errors",
+		door->device, journal, remedy);
+	log_error("export \"%s\": %s", door->nbd->name, door->held.text);
+}
+
+static bool is_about_journal(int ret)
+{
+	return ret == -EUCLEAN || ret == -EPROTONOSUPPORT;
+}
+
+static suspends int resume(struct kernel_door *door, struct err *err)
+{
+	int ret = serve_with_journal(door, err);
+	struct err again = { 0 };
+
+	if (!is_about_journal(ret))
+		return ret;
+	ret = reconnect(door, &again);
+	if (ret == -ENOTRECOVERABLE) {
+		*err = again;
+		return ret;
+	}
+	if (ret) {
+		hold_back(door, err->text, again.text);
+		return 0;
+	}
+	log_warning(
+		"export \"%s\": %s goes on with new connections, on which the kernel repeats its "
+		"requests after their time-out: %s",
+		door->nbd->name, door->device, err->text);
+	return serve_with_journal(door, err);
+}
+
 suspends int kernel_resume(struct kernel_door *door, struct nbd_export *nbd, struct err *err)
 {
 	struct err unsettled = { 0 };
@@ -399,7 +478,7 @@ suspends int kernel_resume(struct kernel_door *door, struct nbd_export *nbd, str
 	door->nbd = nbd;
 	if (door->hold.ended)
 		return err_set(err, ENODEV, "%s is lost: %s", door->device, end_text(door));
-	int ret = serve_with_journal(door, err);
+	int ret = resume(door, err);
 	if (ret) {
 		close_journal(door);
 		door->nbd = NULL;
@@ -407,9 +486,14 @@ suspends int kernel_resume(struct kernel_door *door, struct nbd_export *nbd, str
 	}
 	list_remove(&door->link);
 	kernel_hold_rename(&door->hold, nbd->name, door_ended);
-	if (!door->hold.settled && kernel_hold_settle(&door->hold, &unsettled))
+	if (!door->held.code && !door->hold.settled && kernel_hold_settle(&door->hold, &unsettled))
 		log_warning("export \"%s\": %s", nbd->name, unsettled.text);
 	return 0;
+}
+
+bool kernel_is_held(const struct kernel_door *door)
+{
+	return is_held(door);
 }
 
 uint64_t kernel_size(const struct kernel_door *door)
@@ -420,6 +504,16 @@ uint64_t kernel_size(const struct kernel_door *door)
 suspends void kernel_abandon(struct kernel_door *door)
 {
 	door_free(door, true);
+}
+
+bool kernel_outlives(const struct kernel_door *door)
+{
+	return door->hold.opts.mode == KERNEL_DEV_NETLINK && !door->hold.ended;
+}
+
+suspends void kernel_let_go(struct kernel_door *door)
+{
+	door_free(door, false);
 }
 
 suspends void kernel_leave(struct kernel_door *door)
@@ -437,14 +531,22 @@ const char *kernel_device(const struct kernel_door *door)
 	return door->device;
 }
 
+static const char *state_of(const struct kernel_door *door)
+{
+	if (door->hold.ended)
+		return "lost";
+	return is_held(door) ? "held" : "attached";
+}
+
 json_t *kernel_status(const struct kernel_door *door)
 {
 	json_t *object = json_object();
 
 	json_object_set_new(object, "device", json_string(door->device));
-	json_object_set_new(object, "state", json_string(door->hold.ended ? "lost" : "attached"));
-	if (door->hold.ended)
-		json_object_set_new(object, "reason", json_string(end_text(door)));
+	json_object_set_new(object, "state", json_string(state_of(door)));
+	if (door->hold.ended || door->held.code)
+		json_object_set_new(object, "reason",
+			json_string(door->hold.ended ? end_text(door) : door->held.text));
 	json_object_set_new(object, "kept", json_boolean(door->hold.keeper));
 	json_object_set_new(object, "taken_over", json_integer(door->hold.taken_over));
 	json_object_set_new(object, "size", json_integer((json_int_t)door->hold.opts.size_bytes));

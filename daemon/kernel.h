@@ -49,7 +49,8 @@ suspends int kernel_attach(
 /*
  * Writes the device's cache back and disconnects; the door is freed on success and stays on an error:
  * -EBUSY while the device is in use (says by whom), -EIO when its cache cannot be written, neither with
- * force; -ETIMEDOUT when requests in flight do not end. A door that was lost is only freed.
+ * force; -ETIMEDOUT when requests in flight do not end. A door that was lost is only freed. One that is held needs
+ * force, and its cache is not written back.
  */
 suspends int kernel_detach(struct kernel_door *door, bool force, struct err *err);
 
@@ -73,19 +74,25 @@ suspends bool kernel_kept_is_used(const struct list *link, struct err *users);
 /*
  * Goes on where the last server was; before nbd has other clients. On an error the door stays in its list:
  * -ENODEV the driver gave it up, -ENOTRECOVERABLE the disk's content died with the last server; -EIO and others of
- * the disk may go away.
+ * the disk may go away. When the last server's journal is damaged, or of another version, a device by netlink goes on
+ * with new connections, if its disk forgets nothing that was acknowledged; another one is held: it stays
+ * attached, nobody serves it, and its users wait.
  */
 suspends int kernel_resume(struct kernel_door *door, struct nbd_export *nbd, struct err *err);
+bool kernel_is_held(const struct kernel_door *door);
 uint64_t kernel_size(const struct kernel_door *door);
 
 /* Disconnects without a flush: users of the device get errors. Frees the door. */
 suspends void kernel_abandon(struct kernel_door *door);
+/* Whether users of the device wait for the next start when it is let go. */
+bool kernel_outlives(const struct kernel_door *door);
+suspends void kernel_let_go(struct kernel_door *door);
 /* After nbd_export_close() with a keeper: the device waits for another server. Frees the door. */
 suspends void kernel_leave(struct kernel_door *door);
 
 const char *kernel_device(const struct kernel_door *door); /* "/dev/nbd0" */
 
-/* device, state ("attached" or "lost"), reason, size, block_size, read_only, timeout; new reference. */
+/* device, state ("attached", "held" or "lost"), reason, size, block_size, read_only, timeout; new reference. */
 json_t *kernel_status(const struct kernel_door *door);
 
 /*

@@ -8,6 +8,7 @@
  *	kernel-device race N	N processes claim "auto" at once: nobody gets a device twice
  *	kernel-device stalled	a size is not set while a request hangs; when it is answered, it is
  *	kernel-device reconnect	by netlink: what one connection swallowed the next one is asked again
+ *	kernel-device cut_off	by netlink: its connections are gone for good, and so is the device at a word
  *
  * KERNEL_DEVICE=netlink attaches by netlink, ioctl (the default) by ioctl.
  * Run by tests/kernel/device.test as root in a guest. A failed check prints its line and exits with 1.
@@ -23,6 +24,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -138,7 +140,7 @@ static struct kernel_dev *attach(struct server *server, uint32_t timeout_s)
 		.device = "auto",
 		.identifier = identifier,
 		.mode = mode && !strcmp(mode, "netlink") ? KERNEL_DEV_NETLINK : KERNEL_DEV_IOCTL,
-		.dead_timeout_s = 60,
+		.dead_timeout_s = 3600,
 		.size_bytes = DISK_SIZE,
 		.block_size = 512,
 		.connections = 1,
@@ -307,6 +309,27 @@ static void reconnect(void)
 	end(&server, dev);
 }
 
+/* What waits in the cache would wait for other connections. */
+static void cut_off(void)
+{
+	struct server server = { 0 };
+	struct kernel_dev *dev = attach(&server, 0);
+	unsigned char block[4096] = { 1 };
+
+	CHECK(dev);
+
+	int fd = open_node(dev, O_WRONLY);
+
+	CHECK(fd >= 0 && pwrite(fd, block, sizeof(block), 8192) == sizeof(block));
+	shutdown(server.fd, SHUT_RDWR);
+	CHECK(kernel_dev_release(dev, false, &err) == -EIO && strstr(err.text, "broken"));
+	CHECK(!kernel_dev_release(dev, true, &err));
+	close(fd);
+	CHECK(kernel_dev_resize(dev, 2 * DISK_SIZE, &err) == -ENODEV);
+	CHECK(kernel_dev_settle(dev, &err) == -ENODEV);
+	end(&server, dev);
+}
+
 static int claim_one(unsigned index)
 {
 	struct server server = { 0 };
@@ -358,6 +381,8 @@ int main(int argc, char **argv)
 		stalled();
 	else if (!strcmp(what, "reconnect"))
 		reconnect();
+	else if (!strcmp(what, "cut_off"))
+		cut_off();
 	else if (!strcmp(what, "race") && argc > 2)
 		race((unsigned)atoi(argv[2]));
 	else

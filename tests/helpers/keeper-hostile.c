@@ -1,0 +1,368 @@
+/*
+ * A server that its keeper must survive. Installed in the place of blkstackd and started by an upgrade, it has
+ * the keeper's socket (--server=N) and does what HOSTILE in the environment says:
+ *
+ *	a way to misbehave	see the table at the end; it then waits to be killed, or ends with 3
+ *	random SEED		requests with random contents and descriptors, all of which are answered
+ *
+ * What it is answered is checked here, what becomes of the keeper in tests/integration/keeper-hostile.test. A
+ * check that fails is told on standard error, and is status 1.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "base/util.h"
+#include "daemon/keeper-wire.h"
+
+#define CHECK(cond)                                                                         \
+	do {                                                                                \
+		if (!(cond)) {                                                              \
+			fprintf(stderr, "HOSTILE: %s:%d: %s\n", __FILE__, __LINE__, #cond); \
+			exit(1);                                                            \
+		}                                                                           \
+	} while (0)
+
+static int sock;
+static uint32_t last_id;
+
+/* As keeper_send(), but for anything. */
+static void send_raw(const void *bytes, size_t len, const int *fds, unsigned fd_count)
+{
+	static union {
+		struct cmsghdr align;
+		char bytes[CMSG_SPACE(sizeof(int) * 253)];
+	} control;
+	struct iovec iov = { (void *)bytes, len };
+	struct msghdr header = { .msg_iov = &iov, .msg_iovlen = 1 };
+
+	if (fd_count) {
+		header.msg_control = control.bytes;
+		header.msg_controllen = CMSG_SPACE(sizeof(int) * fd_count);
+		struct cmsghdr *part = CMSG_FIRSTHDR(&header);
+		part->cmsg_level = SOL_SOCKET;
+		part->cmsg_type = SCM_RIGHTS;
+		part->cmsg_len = CMSG_LEN(sizeof(int) * fd_count);
+		memcpy(CMSG_DATA(part), fds, sizeof(int) * fd_count);
+	}
+	CHECK(sendmsg(sock, &header, MSG_NOSIGNAL) == (ssize_t)len);
+}
+
+/* The answer replaces *message; its code. */
+static int ask(
+	enum keeper_word word, struct keeper_message *message, const int *fds, unsigned fd_count)
+{
+	struct keeper_fds got;
+
+	message->word = word;
+	message->version = KEEPER_VERSION;
+	message->id = ++last_id;
+	send_raw(message, sizeof(*message), fds, fd_count);
+	do {
+		CHECK(keeper_receive(sock, message, &got) == 1);
+		keeper_fds_close(&got);
+	} while (message->word != KEEPER_ANSWER || message->id != last_id);
+	return message->ret;
+}
+
+static int ask_text(enum keeper_word word, const char *export, const char *device, const char *text)
+{
+	struct keeper_message message = {
+		.connections = 1, .block_size = 512, .size_bytes = 1 << 20
+	};
+
+	snprintf(message.export, sizeof(message.export), "%s", export);
+	snprintf(message.device, sizeof(message.device), "%s", device);
+	snprintf(message.text, sizeof(message.text), "%s", text);
+	return ask(word, &message, NULL, 0);
+}
+
+static void wait_for_death(void)
+{
+	for (;;)
+		pause();
+}
+
+/* --- what is no message: the keeper kills it --------------------------------------------------- */
+
+static void too_short(void)
+{
+	send_raw("abc", 3, NULL, 0);
+	wait_for_death();
+}
+
+static void too_long(void)
+{
+	char bytes[sizeof(struct keeper_message) + 1] = { KEEPER_ALIVE };
+
+	send_raw(bytes, sizeof(bytes), NULL, 0);
+	wait_for_death();
+}
+
+static void unknown_word(void)
+{
+	send_raw(&(struct keeper_message){ .word = KEEPER_WORDS }, sizeof(struct keeper_message),
+		NULL, 0);
+	wait_for_death();
+}
+
+static void endless_text(void)
+{
+	struct keeper_message message = { .word = KEEPER_STATUS };
+
+	memset(message.text, 'x', sizeof(message.text));
+	send_raw(&message, sizeof(message), NULL, 0);
+	wait_for_death();
+}
+
+static void many_connections(void)
+{
+	const struct keeper_message message = { .word = KEEPER_CLAIM, .connections = 4000000000U };
+
+	send_raw(&message, sizeof(message), NULL, 0);
+	wait_for_death();
+}
+
+static void many_fds(void)
+{
+	const struct keeper_message message = { .word = KEEPER_ALIVE };
+	int fds[253];
+
+	for (size_t i = 0; i < ARRAY_LEN(fds); i++)
+		fds[i] = STDERR_FILENO;
+	send_raw(&message, sizeof(message), fds, ARRAY_LEN(fds));
+	wait_for_death();
+}
+
+static void never_listens(void)
+{
+	struct keeper_message message = { .word = KEEPER_HELLO };
+
+	for (;;)
+		send_raw(&message, sizeof(message), NULL, 0);
+}
+
+static void hangs_up(void)
+{
+	close(sock);
+	wait_for_death();
+}
+
+/* --- what is refused --------------------------------------------------------------------------- */
+
+static void foreign_devices(void)
+{
+	static const char *const devices[] = { "", "nbd0", "/dev/", "/dev/nbd", "/dev/sda",
+		"/dev/nbd0p1", "/dev/nbd0/../sda", "/dev/nbd-1", "/dev/nbd 1", "/dev/nbd1234567",
+		"auto ", "../nbd0" };
+	static const char *const exports[] = { "", ".", "../a", "a/b", "a\nb", "a b", "-a", "a\"" };
+
+	for (size_t i = 0; i < ARRAY_LEN(devices); i++)
+		CHECK(ask_text(KEEPER_CLAIM, "mine", devices[i], "") == -EINVAL);
+	for (size_t i = 0; i < ARRAY_LEN(exports); i++)
+		CHECK(ask_text(KEEPER_CLAIM, exports[i], "auto", "") == -EINVAL);
+}
+
+static void foreign_slots(void)
+{
+	static const enum keeper_word words[] = { KEEPER_RECONNECT, KEEPER_SETTLE, KEEPER_RESIZE,
+		KEEPER_USERS, KEEPER_RELEASE, KEEPER_FREE, KEEPER_NEXT };
+	static const uint32_t slots[] = { 0, 1, KEEPER_DEVICES_MAX - 1, KEEPER_DEVICES_MAX,
+		UINT32_MAX };
+
+	for (size_t i = 0; i < ARRAY_LEN(words) * ARRAY_LEN(slots); i++) {
+		struct keeper_message message = { .slot = slots[i % ARRAY_LEN(slots)] };
+
+		CHECK(ask(words[i / ARRAY_LEN(slots)], &message, NULL, 0) == -ENOENT);
+	}
+}
+
+static int listener(void)
+{
+	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	const struct sockaddr_un any = { .sun_family = AF_UNIX };
+
+	CHECK(!bind(fd, (const struct sockaddr *)&any, sizeof(any.sun_family)) && !listen(fd, 1));
+	return fd;
+}
+
+static void wrong_fds(void)
+{
+	int pair[2], memory = memfd_create("journal", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+	struct keeper_message message = {};
+
+	CHECK(memory >= 0 && !socketpair(AF_UNIX, SOCK_STREAM, 0, pair));
+	const int not_listening[] = { STDERR_FILENO, memory, pair[0], sock };
+	for (size_t i = 0; i < ARRAY_LEN(not_listening); i++) {
+		message = (struct keeper_message){};
+		CHECK(ask(KEEPER_KEEP, &message, &not_listening[i], 1) == -EINVAL);
+	}
+	message = (struct keeper_message){};
+	CHECK(ask(KEEPER_KEEP, &message, NULL, 0) == -EINVAL);
+	const int two[] = { listener(), listener() };
+	CHECK(ask(KEEPER_KEEP, &message, two, 2) == -EINVAL);
+	CHECK(ask(KEEPER_JOURNAL, &message, &memory, 1) == -EINVAL);
+	for (enum keeper_word word = KEEPER_HELLO; word <= KEEPER_FORGET; word++)
+		ask(word, &message, not_listening, ARRAY_LEN(not_listening));
+}
+
+static void many_listeners(void)
+{
+	int ret = 0, fd = listener();
+
+	for (unsigned i = 0; i <= KEEPER_LISTENERS_MAX && !ret; i++) {
+		struct keeper_message message = {};
+
+		ret = ask(KEEPER_KEEP, &message, &fd, 1);
+	}
+	CHECK(ret == -ENOSPC);
+}
+
+static void many_notes(void)
+{
+	char name[16], text[KEEPER_NOTE_LEN + 1];
+	int ret = 0;
+
+	memset(text, 'x', sizeof(text) - 1);
+	text[sizeof(text) - 1] = '\0';
+	CHECK(ask_text(KEEPER_NOTE, "a", "", text) == -EINVAL);
+	CHECK(ask_text(KEEPER_NOTE, "", "", "x") == -EINVAL);
+	for (unsigned i = 0; i <= KEEPER_NOTES_MAX && !ret; i++) {
+		snprintf(name, sizeof(name), "%u", i);
+		ret = ask_text(KEEPER_NOTE, name, "", "x");
+	}
+	CHECK(ret == -ENOSPC);
+	for (unsigned i = 0; i < KEEPER_NOTES_MAX; i++) {
+		struct keeper_message message = { .slot = i };
+
+		CHECK(!ask(KEEPER_READ, &message, NULL, 0) && message.slot == i);
+		CHECK(!ask_text(KEEPER_NOTE, message.export, "", ""));
+	}
+	struct keeper_message message = {};
+	CHECK(ask(KEEPER_READ, &message, NULL, 0) == -ENOENT);
+}
+
+static void another_version(void)
+{
+	struct keeper_message message = {
+		.word = KEEPER_HELLO, .version = KEEPER_VERSION + 1, .id = 7
+	};
+	struct keeper_fds fds;
+
+	send_raw(&message, sizeof(message), NULL, 0);
+	CHECK(keeper_receive(sock, &message, &fds) == 1 && message.id == 7 &&
+		message.ret == -EPROTO);
+}
+
+/* --- what it does in between ------------------------------------------------------------------- */
+
+/* Nobody is there to take the answer. */
+static void dies_in_a_claim(void)
+{
+	struct keeper_message message = { .word = KEEPER_CLAIM,
+		.connections = KEEPER_CONNECTIONS_MAX,
+		.block_size = 512,
+		.export = "mine",
+		.device = "auto" };
+
+	for (unsigned i = 0; i < 8; i++) {
+		snprintf(message.export, sizeof(message.export), "mine%u", i);
+		send_raw(&message, sizeof(message), NULL, 0);
+	}
+}
+
+#define FLOODERS 8
+
+/* Never stops talking; the keeper must hear of a signal all the same, and pass it on. */
+static void floods(void)
+{
+	struct keeper_message message = { .word = KEEPER_READY };
+	struct keeper_fds fds;
+
+	send_raw(&message, sizeof(message), NULL, 0);
+	message.word = KEEPER_ALIVE;
+	for (unsigned i = 0; i < FLOODERS; i++) {
+		if (fork())
+			continue;
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		for (;;)
+			send_raw(&message, sizeof(message), NULL, 0);
+	}
+	do
+		CHECK(keeper_receive(sock, &message, &fds) == 1);
+	while (message.word != KEEPER_RELOAD);
+}
+
+static void random_requests(void)
+{
+	static const char *const texts[] = { "", "auto", "/dev/nbd0", "disk", "a/../b", "x\ny",
+		"%s%n" };
+	const int fds[] = { STDERR_FILENO, sock, listener() };
+	const char *seed = getenv("SEED");
+
+	srandom(seed ? (unsigned)strtoul(seed, NULL, 0) : 1);
+	for (unsigned i = 0; i < 3000; i++) {
+		struct keeper_message message;
+		uint8_t *bytes = (uint8_t *)&message;
+
+		for (size_t b = 0; b < sizeof(message); b++)
+			bytes[b] = random() % 4 ? 0 : (uint8_t)random();
+		message.connections = (uint32_t)random() % (KEEPER_CONNECTIONS_MAX + 1);
+		snprintf(message.export, sizeof(message.export), "%s",
+			texts[random() % ARRAY_LEN(texts)]);
+		snprintf(message.device, sizeof(message.device), "%s",
+			texts[random() % ARRAY_LEN(texts)]);
+		snprintf(message.text, sizeof(message.text), "%s",
+			texts[random() % ARRAY_LEN(texts)]);
+		ask((enum keeper_word)(KEEPER_HELLO + random() % KEEPER_UPGRADE), &message, fds,
+			(unsigned)random() % (ARRAY_LEN(fds) + 1));
+	}
+}
+
+static const struct {
+	const char *name;
+	void (*run)(void);
+} ways[] = {
+	{ "too_short", too_short },
+	{ "too_long", too_long },
+	{ "unknown_word", unknown_word },
+	{ "endless_text", endless_text },
+	{ "many_connections", many_connections },
+	{ "many_fds", many_fds },
+	{ "never_listens", never_listens },
+	{ "hangs_up", hangs_up },
+	{ "foreign_devices", foreign_devices },
+	{ "foreign_slots", foreign_slots },
+	{ "wrong_fds", wrong_fds },
+	{ "many_listeners", many_listeners },
+	{ "many_notes", many_notes },
+	{ "another_version", another_version },
+	{ "dies_in_a_claim", dies_in_a_claim },
+	{ "floods", floods },
+	{ "random", random_requests },
+};
+
+int main(int argc, char **argv)
+{
+	const char *way = getenv("HOSTILE");
+
+	for (int i = 1; i < argc; i++)
+		if (!strncmp(argv[i], "--server=", strlen("--server=")))
+			sock = atoi(argv[i] + strlen("--server="));
+	CHECK(sock && way);
+	for (size_t i = 0; i < ARRAY_LEN(ways); i++) {
+		if (strcmp(ways[i].name, way))
+			continue;
+		ways[i].run();
+		return 3;
+	}
+	CHECK(!"HOSTILE names no way");
+}
