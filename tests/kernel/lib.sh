@@ -66,7 +66,7 @@ daemon_run() {
 	"$BUILD/blkstackd" --config blkstack.conf "${daemon_options[@]}" 2>>blkstackd.log &
 	daemon=$!
 	local try
-	for ((try = 0; try < 200; try++)); do
+	for ((try = 0; try < 2400; try++)); do
 		kill -0 "$daemon" 2>/dev/null || fail "blkstackd did not start"
 		ctl list >/dev/null 2>&1 && return
 		sleep 0.05
