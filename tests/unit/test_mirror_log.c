@@ -282,9 +282,10 @@ suspends CO_TEST(test_short_last_chunk)
 
 		struct mirror *mirror = mirror_of(&stack);
 
-		ck_assert_uint_eq(mirror_bytes_dirty(&mirror->blk), 2097664);
-		if (i)
+		if (i) /* it copies already, and may be through */
 			wait_phase(mirror, MIRROR_IN_SYNC);
+		else
+			ck_assert_uint_eq(mirror_bytes_dirty(&mirror->blk), 2097664);
 		test_stack_close(&stack);
 	}
 	leave_scratch();
