@@ -20,7 +20,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <limits.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
@@ -50,6 +49,7 @@
 #define EARLY_DEATHS_MAX  8
 #define UPGRADE_NS        (60 * NS_PER_SEC) /* for the new program to be ready */
 #define MESSAGES_PER_TURN 64
+#define LAST_WORDS_MAX    1024 /* more than the socket holds: what comes then is of another process */
 #define NEVER             UINT64_MAX
 
 enum phase { STARTING, SERVING, STOPPING, PARKED };
@@ -452,7 +452,7 @@ static void reap_server(struct life *life)
 	if (!keeper->server || waitpid(keeper->server, &status, WNOHANG) != keeper->server)
 		return;
 	keeper->server = 0;
-	hear_server(life, UINT_MAX); /* a death is judged by the last words */
+	hear_server(life, LAST_WORDS_MAX); /* a death is judged by them */
 	stop_listening(keeper);
 	server_ended(life, status);
 }
