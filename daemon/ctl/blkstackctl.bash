@@ -31,7 +31,7 @@ _blkstackctl() {
 		candidates="--socket --json --help"
 		case ${operands[0]:-} in
 		resize | discard | detach | remove | upgrade) candidates+=" --force" ;;
-		reload) candidates+=" --dry-run" ;;
+		reload) candidates+=" --dry-run --upgrade" ;;
 		add) candidates+=" --config-snippet" ;;
 		mirror)
 			case ${operands[1]:-} in

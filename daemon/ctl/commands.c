@@ -392,14 +392,15 @@ const struct ctl_command ctl_commands[] = {
 		"it was,\n"
 		"and loses what is on it: not while it is in use, but with --force.\n",
 		ctl_snapshot },
-	{ "reload", "", 0, 0, CTL_DRY_RUN, "read the config file again",
+	{ "reload", "", 0, 0, CTL_DRY_RUN | CTL_UPGRADE, "read the config file again",
 		"Does what lies between the file and what runs, and prints it: all of it, or "
 		"nothing "
 		"when the\n"
 		"file has an error or a step would take something from somebody (exit status 6). "
 		"An "
 		"export\n"
-		"of which nothing changed is not disturbed.\n",
+		"of which nothing changed is not disturbed. --upgrade: after that, as the command "
+		"upgrade.\n",
 		ctl_reload },
 	{ "add", "[FILE]", 0, 1, CTL_SNIPPET, "add an export, until the daemon ends",
 		"FILE (- is standard input) has the settings of one export, as in the list exports "

@@ -47,9 +47,9 @@ struct ctl_doctor {
 struct ctl {
 	const struct ctl_command *command;
 	const char *socket_path;
-	bool json, force, more, cancel, dry_run; /* options */
-	const char *snippet;                     /* of the command "add"; NULL: none */
-	uint64_t rate_bytes_s;                   /* 0: no limit */
+	bool json, force, more, cancel, dry_run, upgrade; /* options */
+	const char *snippet;                              /* of the command "add"; NULL: none */
+	uint64_t rate_bytes_s;                            /* 0: no limit */
 	struct ctl_mirror mirror;
 	struct ctl_doctor doctor;
 	int fd;       /* -1 until the first call */
@@ -66,6 +66,7 @@ enum ctl_option {
 	CTL_DOCTOR = 1 << 5,
 	CTL_DRY_RUN = 1 << 6,
 	CTL_SNIPPET = 1 << 7,
+	CTL_UPGRADE = 1 << 8,
 };
 
 struct ctl_command {

@@ -60,13 +60,14 @@ static void show_help(void)
 
 static void show_command_help(const struct ctl_command *command)
 {
-	printf("Usage: blkstackctl %s%s%s%s%s%s%s%s\n%c%s.\n%s%s\nOptions:\n", command->name,
+	printf("Usage: blkstackctl %s%s%s%s%s%s%s%s%s\n%c%s.\n%s%s\nOptions:\n", command->name,
 		*command->operands ? " " : "", command->operands,
 		command->options & CTL_FORCE ? " [--force]" : "",
 		command->options & CTL_MORE ? " [--more]" : "",
 		command->options & CTL_RATE ? " [--rate BYTES]" : "",
 		command->options & CTL_CANCEL ? " [--cancel]" : "",
-		command->options & CTL_DRY_RUN ? " [--dry-run]" : "", toupper(command->summary[0]),
+		command->options & CTL_DRY_RUN ? " [--dry-run]" : "",
+		command->options & CTL_UPGRADE ? " [--upgrade]" : "", toupper(command->summary[0]),
 		command->summary + 1, command->help ? "\n" : "",
 		command->help ? command->help : "");
 	if (command->options & CTL_FORCE)
@@ -80,6 +81,9 @@ static void show_command_help(const struct ctl_command *command)
 	if (command->options & CTL_DRY_RUN)
 		puts("  -n, --dry-run       only tell what there is to do, and what stands in the "
 		     "way");
+	if (command->options & CTL_UPGRADE)
+		puts("  -u, --upgrade       then hand over, if another program is installed by "
+		     "now");
 	if (command->options & CTL_SNIPPET)
 		puts("  --config-snippet TEXT\n                      the settings themselves");
 	fputs(options_help, stdout);
@@ -130,6 +134,8 @@ static enum ctl_exit parse_option(struct ctl *ctl, struct command_line *line, ch
 		line->cancel = true;
 	else if (is_option(word, "-n", "--dry-run"))
 		ctl->dry_run = true;
+	else if (is_option(word, "-u", "--upgrade"))
+		ctl->upgrade = true;
 	else if (!strcmp(word, "--config-snippet") || !strncmp(word, "--config-snippet=", 17)) {
 		ctl->snippet = option_argument(word, words);
 		if (!ctl->snippet)
@@ -194,6 +200,7 @@ static enum ctl_exit check_usage(const struct ctl *ctl, const struct command_lin
 		{ line->cancel, CTL_CANCEL, "--cancel" },
 		{ line->rate, CTL_RATE, "--rate" },
 		{ ctl->dry_run, CTL_DRY_RUN, "--dry-run" },
+		{ ctl->upgrade, CTL_UPGRADE, "--upgrade" },
 		{ ctl->snippet, CTL_SNIPPET, "--config-snippet" },
 	};
 

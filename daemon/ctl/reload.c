@@ -3,6 +3,9 @@
  *
  * What to add is read here and sent as a text, so that a file is read with the rights of who asks; only its
  * name goes along, for the places of errors.
+ *
+ * "reload --upgrade" reloads first: a file that the daemon in use refuses would also keep its successor from
+ * starting.
  */
 #include <errno.h>
 #include <stdio.h>
@@ -38,7 +41,7 @@ static bool show_step(const json_t *step)
 	return *refused;
 }
 
-enum ctl_exit ctl_reload(struct ctl *ctl, const char **operands, int operand_count)
+static enum ctl_exit reload(struct ctl *ctl)
 {
 	bool refused = false;
 	json_t *reply, *step;
@@ -146,25 +149,18 @@ static enum ctl_exit wait_for_successor(struct ctl *ctl, json_int_t old_pid, jso
 	return ctl_fail(CTL_FAILED, "no other server answers yet; see the log of blkstackd");
 }
 
-enum ctl_exit ctl_upgrade(struct ctl *ctl, const char **operands, int operand_count)
+static enum ctl_exit hand_over(struct ctl *ctl, json_int_t old_pid, bool *begun)
 {
 	json_t *info, *reply;
-	enum ctl_exit status = ctl_call(ctl, "Info", NULL, &info);
+	enum ctl_exit status = ctl_call(
+		ctl, "Upgrade", json_pack("{s:b}", "force", ctl->force), &reply);
 
 	if (status)
 		return status;
-	json_int_t old_pid = json_integer_value(json_object_get(info, "server_pid"));
-	json_decref(info);
-	status = ctl_call(ctl, "Upgrade", json_pack("{s:b}", "force", ctl->force), &reply);
-	if (status)
-		return status;
-	bool begun = json_is_true(json_object_get(reply, "begun"));
+	*begun = json_is_true(json_object_get(reply, "begun"));
 	json_decref(reply);
-	if (!begun) {
-		puts("the program that is installed runs already (--force hands over all the "
-		     "same)");
+	if (!*begun)
 		return CTL_OK;
-	}
 	status = wait_for_successor(ctl, old_pid, &info);
 	if (status)
 		return status;
@@ -176,4 +172,46 @@ enum ctl_exit ctl_upgrade(struct ctl *ctl, const char **operands, int operand_co
 			(long long)json_integer_value(json_object_get(info, "server_pid")));
 	json_decref(info);
 	return status;
+}
+
+/* What there is to know before: without a keeper nobody could hold the devices meanwhile. */
+static enum ctl_exit ask_for_server(struct ctl *ctl, json_int_t *pid, bool *keeper)
+{
+	json_t *info;
+	enum ctl_exit status = ctl_call(ctl, "Info", NULL, &info);
+
+	if (status)
+		return status;
+	*pid = json_integer_value(json_object_get(info, "server_pid"));
+	*keeper = json_is_true(json_object_get(info, "keeper"));
+	json_decref(info);
+	return CTL_OK;
+}
+
+enum ctl_exit ctl_upgrade(struct ctl *ctl, const char **operands, int operand_count)
+{
+	bool keeper, begun = true;
+	json_int_t pid;
+	enum ctl_exit status = ask_for_server(ctl, &pid, &keeper);
+
+	if (!status)
+		status = hand_over(ctl, pid, &begun);
+	if (!begun)
+		puts("the program that is installed runs already (--force hands over all the "
+		     "same)");
+	return status;
+}
+
+enum ctl_exit ctl_reload(struct ctl *ctl, const char **operands, int operand_count)
+{
+	bool keeper = false, begun;
+	json_int_t pid = 0;
+	enum ctl_exit status;
+
+	if (ctl->upgrade && ctl->dry_run)
+		return ctl_fail(CTL_USAGE, "reload: --upgrade is no part of a --dry-run");
+	status = reload(ctl);
+	if (!status && ctl->upgrade)
+		status = ask_for_server(ctl, &pid, &keeper);
+	return !status && keeper ? hand_over(ctl, pid, &begun) : status;
 }
