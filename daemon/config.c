@@ -41,7 +41,7 @@ struct settings {
 	const char *control, *control_mode, *control_user, *control_group, *state;
 	const struct conf *listen;
 	const char *listen_mode, *listen_group;
-	int64_t max_connections, handshake_timeout_s, stop_timeout_s, reactors;
+	int64_t max_connections, handshake_timeout_s, stop_timeout_s, stuck_after_s, reactors;
 	struct config_limits limits;
 	int engine, log_level;
 	bool keeper;
@@ -90,6 +90,10 @@ static const struct opt settings_options[] = {
 		.help = "memory that the connections of one export share evenly" },
 	{ "stop-timeout", OPT_INT, offsetof(struct settings, stop_timeout_s), "30", .min = 1,
 		.max = 3600, .help = "seconds requests in flight have when the daemon stops" },
+	{ "stuck-after", OPT_INT, offsetof(struct settings, stuck_after_s), "60", .min = 0,
+		.max = 86400,
+		.help = "seconds in which a disk with requests in hand must end one, or is called "
+			"stuck; 0: never" },
 	{ "state", OPT_STRING, offsetof(struct settings, state),
 		.help = "folder that remembers what was changed while it ran; by default "
 			"$STATE_DIRECTORY, or the config's own" },
@@ -433,6 +437,7 @@ static int take_settings(struct config *config, const struct settings *settings,
 	config->handshake_timeout_s = settings->handshake_timeout_s;
 	config->limits = settings->limits;
 	config->stop_timeout_s = settings->stop_timeout_s;
+	config->stuck_after_s = settings->stuck_after_s;
 	config->state = settings->state;
 	config->engine = engines[settings->engine];
 	config->log_level = log_levels[settings->log_level];

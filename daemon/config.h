@@ -91,6 +91,7 @@ struct config {
 	const char *engine;     /* "auto", "uring" or "threads" */
 	const char *log_level;  /* "error" to "debug" */
 	unsigned reactor_count; /* threads, at least 1 */
+	int64_t stuck_after_s;  /* a disk that ends nothing for so long is told of; 0: never */
 	int64_t stop_timeout_s; /* how long requests in flight may take at the end */
 
 	uid_t uid; /* who the server becomes; (uid_t)-1: nobody else */

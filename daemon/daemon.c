@@ -82,6 +82,12 @@ static int block_signals(struct daemon *daemon, struct err *err)
 
 /* --- changes of what is served ---------------------------------------------------------------- */
 
+void daemon_apply_config(struct daemon *daemon)
+{
+	config_apply_log_level(daemon->config);
+	atomic_store(&daemon->stuck_after_ns, (uint64_t)daemon->config->stuck_after_s * NS_PER_SEC);
+}
+
 uint64_t daemon_stop_timeout_ns(const struct daemon *daemon)
 {
 	return (uint64_t)daemon->config->stop_timeout_s * NS_PER_SEC;
@@ -192,22 +198,55 @@ static suspends int attach_devices(struct daemon *daemon, struct err *err)
 	return ret;
 }
 
+/* Of what is served, or is not; "" for none. */
+static void append_count(
+	char *text, size_t text_len, unsigned count, const char *one, const char *several)
+{
+	size_t used = strlen(text);
+
+	if (count)
+		snprintf(
+			text + used, text_len - used, ", %u %s", count, count == 1 ? one : several);
+}
+
 void daemon_tell_status(const struct daemon *daemon)
 {
-	unsigned exports = 0, devices = 0;
-	char text[64] = "";
+	unsigned exports = 0, devices = 0, lost = 0, stuck = 0, waiting = 0;
+	char text[KEEPER_TEXT_LEN / 2] = "";
 
 	if (!daemon->ready || daemon->stopping)
 		return;
 	list_for_each (link, &daemon->exports) {
+		const struct export *export = list_entry(link, struct export, link);
+
 		exports++;
-		devices += list_entry(link, struct export, link)->kernel != NULL;
+		devices += export->kernel && !kernel_lost(export->kernel);
+		lost += export->kernel && kernel_lost(export->kernel);
+		stuck += atomic_load(&export->stuck.since_ns) != 0;
 	}
-	if (devices)
-		snprintf(text, sizeof(text), ", %u as kernel device%s", devices,
-			devices == 1 ? "" : "s");
+	list_for_each (link, &daemon->kept_doors)
+		waiting++;
+	append_count(text, sizeof(text), devices, "as kernel device", "as kernel devices");
+	append_count(text, sizeof(text), lost, "kernel device LOST", "kernel devices LOST");
+	append_count(text, sizeof(text), waiting, "kernel device WAITS for its disk",
+		"kernel devices WAIT for their disks");
+	append_count(text, sizeof(text), stuck, "disk STUCK", "disks STUCK");
 	keeper_tell(daemon->keeper, KEEPER_STATUS, "Serving %u export%s%s", exports,
 		exports == 1 ? "" : "s", text);
+}
+
+static void tell_status(struct task *task)
+{
+	struct daemon *daemon = container_of(task, struct daemon, status_task);
+
+	atomic_store(&daemon->status_posted, false);
+	daemon_tell_status(daemon);
+}
+
+void daemon_status_changed(struct daemon *daemon)
+{
+	if (!atomic_exchange(&daemon->status_posted, true))
+		reactor_post(daemon->reactors[0], &daemon->status_task);
 }
 
 static suspends int start(struct daemon *daemon, struct err *err)
@@ -372,6 +411,8 @@ int daemon_run(
 	co_queue_init(&daemon.stop_wanted);
 	co_mutex_init(&daemon.change);
 	timer_init(&daemon.stop_late, stop_is_late);
+	task_init(&daemon.status_task, tell_status);
+	daemon_apply_config(&daemon);
 	if (blk_env_init(&daemon.env)) {
 		config_free(config);
 		return err_sys(err, ENOMEM, "cannot start");

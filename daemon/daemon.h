@@ -11,6 +11,7 @@
 #pragma once
 
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <time.h>
@@ -51,8 +52,11 @@ struct daemon {
 	struct keeper_link keeper_link;
 	int keeper_sock;
 
-	struct watchdog *watchdog; /* NULL: nobody asked for one */
-	struct watch signals;      /* a signalfd */
+	struct watchdog *watchdog;       /* NULL: nobody asked for one */
+	_Atomic uint64_t stuck_after_ns; /* of the config, for all reactors */
+	atomic_bool status_posted;
+	struct task status_task;
+	struct watch signals; /* a signalfd */
 	bool stopping;
 	bool parking; /* stopping, and a successor takes over what the keeper holds */
 	bool ready;   /* once everything was started */
@@ -74,11 +78,16 @@ int daemon_run(const struct config_source *source, struct config *config, int ke
 suspends int daemon_begin_change(struct daemon *daemon, struct err *err);
 void daemon_end_change(struct daemon *daemon);
 
+/* What a new config changes at once. */
+void daemon_apply_config(struct daemon *daemon);
+
 /* How long requests of an export that goes away have to finish. */
 uint64_t daemon_stop_timeout_ns(const struct daemon *daemon);
 
-/* Tells the service manager how many exports and devices are served now. */
+/* Tells the service manager how many exports and devices are served now, and what is wrong with them. */
 void daemon_tell_status(const struct daemon *daemon);
+/* The same, soon. Any thread. */
+void daemon_status_changed(struct daemon *daemon);
 
 /* In daemon-keeper.c. Says hello to the keeper, and looks at what it holds. */
 suspends int daemon_meet_keeper(struct daemon *daemon, struct err *err);

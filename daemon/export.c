@@ -256,6 +256,8 @@ static suspends void status_call(void *arg)
 
 	call->stack = blk_status(call->export->top);
 	call->nbd = nbd_export_status(&call->export->nbd);
+	json_object_set_new(call->nbd, "stuck_seconds",
+		json_integer((json_int_t)stuck_seconds(&call->export->stuck)));
 }
 
 suspends void export_status(struct export *export, json_t **stack, json_t **nbd)
@@ -375,6 +377,11 @@ suspends int export_detach(struct export *export, bool force, struct err *err)
 	return ret;
 }
 
+void export_device_lost(struct nbd_export *nbd)
+{
+	daemon_status_changed(container_of(nbd, struct export, nbd)->daemon);
+}
+
 /* Errors after which no second try will help. */
 static bool is_final(int ret)
 {
@@ -475,10 +482,16 @@ static void export_free(struct export *export)
 	free(export);
 }
 
+static suspends void watch_call(void *arg)
+{
+	stuck_watch(((struct call *)arg)->export);
+}
+
 static suspends void close_call(void *arg)
 {
 	struct call *call = arg;
 
+	stuck_unwatch(call->export);
 	blk_set_listener(call->export->top, NULL);
 	stack_close(call->export->top);
 }
@@ -538,6 +551,7 @@ suspends int export_start(struct daemon *daemon, struct config_export *config,
 	}
 	nbd_export_init(&export->nbd, config->name, config->description, export->top, export->home,
 		export->read_only);
+	co_call_on(export->home, watch_call, &call);
 	export_set_config(export, config);
 	list_push_back(&daemon->exports, &export->link);
 	call.ret = take_over(export, err);

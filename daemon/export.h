@@ -25,6 +25,7 @@
 #include "rt/reactor.h"
 
 #include "daemon/config.h"
+#include "daemon/stuck.h"
 
 struct daemon;
 struct kernel_door;
@@ -49,6 +50,7 @@ struct export
 	bool read_only;
 	struct blk_listener listener;
 
+	struct stuck stuck;
 	struct nbd_export nbd;      /* what both doors serve; counters and connections: on home */
 	struct kernel_door *kernel; /* NULL while no kernel device is attached */
 	uint64_t kernel_size;       /* what it was last told */
@@ -129,6 +131,9 @@ suspends int export_discard(struct export *export, uint64_t off, uint64_t len, s
 suspends int export_attach(struct export *export, const char *device, struct err *err);
 /* -EBUSY, naming by whom, while the device is in use and not force; -ENOENT when none is attached. */
 suspends int export_detach(struct export *export, bool force, struct err *err);
+
+/* Of the one that serves nbd: the driver gave its device up. */
+void export_device_lost(struct nbd_export *nbd);
 
 /* The stack as a tree, as blk_status() gives it, and what nbd_export_status() tells; new references. */
 suspends void export_status(struct export *export, json_t **stack, json_t **nbd);

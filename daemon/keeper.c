@@ -187,6 +187,7 @@ static void replace_dead(struct life *life)
 {
 	uint64_t now = now_ns();
 	uint64_t pause_ns = 0;
+	char text[KEEPER_TEXT_LEN + 64];
 
 	life->restarts++;
 	life->early_deaths = now - life->started_ns < EARLY_NS ? life->early_deaths + 1 : 0;
@@ -196,9 +197,11 @@ static void replace_dead(struct life *life)
 		life->last_end, life->keeper.devices.count,
 		life->keeper.devices.count == 1 ? " is" : "s are", pause_ns ? " soon" : "");
 	if (life->early_deaths >= EARLY_DEATHS_MAX)
-		stop_trying(life);
-	else
-		life->start_at_ns = now + pause_ns;
+		return stop_trying(life);
+	life->start_at_ns = now + pause_ns;
+	snprintf(
+		text, sizeof(text), "Starting another server: the last one was %s", life->last_end);
+	set_status_line(text);
 }
 
 /* The new program does not work: the old one comes back. */
@@ -398,7 +401,7 @@ static void handle(struct life *life, const struct keeper_message *said, struct 
 	case KEEPER_RELOADING:
 		sd_notifyf(0, "RELOADING=1\nMONOTONIC_USEC=%llu",
 			(unsigned long long)(now_ns() / 1000));
-		return;
+		return set_status_line(said->text);
 	case KEEPER_ALIVE:
 		life->alive_ns = now_ns();
 		return;

@@ -23,6 +23,7 @@
 #include "base/cleanup.h"
 #include "base/log.h"
 #include "base/util.h"
+#include "daemon/export.h"
 #include "daemon/kernel-hold.h"
 #include "daemon/kernel-users.h"
 #include "nbd/journal.h"
@@ -65,9 +66,10 @@ static void door_ended(struct kernel_hold *hold)
 {
 	struct kernel_door *door = container_of(hold, struct kernel_door, hold);
 
-	if (!door->detaching)
-		log_error("export \"%s\": %s is lost: %s", door->nbd->name, door->device,
-			end_text(door));
+	if (door->detaching)
+		return;
+	log_error("export \"%s\": %s is lost: %s", door->nbd->name, door->device, end_text(door));
+	export_device_lost(door->nbd);
 }
 
 static suspends void close_journal_call(void *arg)
@@ -536,6 +538,11 @@ static const char *state_of(const struct kernel_door *door)
 	if (door->hold.ended)
 		return "lost";
 	return is_held(door) ? "held" : "attached";
+}
+
+bool kernel_lost(const struct kernel_door *door)
+{
+	return door->hold.ended;
 }
 
 json_t *kernel_status(const struct kernel_door *door)

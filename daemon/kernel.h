@@ -91,6 +91,7 @@ suspends void kernel_let_go(struct kernel_door *door);
 suspends void kernel_leave(struct kernel_door *door);
 
 const char *kernel_device(const struct kernel_door *door); /* "/dev/nbd0" */
+bool kernel_lost(const struct kernel_door *door);          /* the driver gave it up */
 
 /* device, state ("attached", "held" or "lost"), reason, size, block_size, read_only, timeout; new reference. */
 json_t *kernel_status(const struct kernel_door *door);

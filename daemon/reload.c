@@ -342,8 +342,8 @@ static void change_over(struct reload *reload)
 		export->by_hand = false;
 	}
 	put_in_order(daemon, reload->next);
-	config_apply_log_level(reload->next);
 	daemon->config = reload->next;
+	daemon_apply_config(daemon);
 	reload->next = NULL;
 	config_free(old);
 }

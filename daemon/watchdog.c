@@ -3,7 +3,8 @@
  *
  * At each tick a task goes to every reactor and comes back to the main one. When all of them came back
  * since the last tick, that is the sign. One that does not come back delays the sign until it does, so its
- * absence for the whole of the time means: something hangs.
+ * absence for the whole of the time means: something hangs. So does a disk that is stuck for a reason of our own
+ * (stuck.h).
  */
 #include "daemon/watchdog.h"
 
@@ -14,6 +15,7 @@
 
 #include "base/util.h"
 #include "daemon/daemon.h"
+#include "daemon/stuck.h"
 #include "rt/lock.h"
 
 #define TICKS 4 /* in the time after which somebody loses patience */
@@ -50,7 +52,7 @@ static void tick(struct timer *timer)
 	struct daemon *daemon = watchdog->daemon;
 
 	timer_arm(timer, reactor_now_ns() + watchdog->tick_ns);
-	if (watchdog->away.running)
+	if (watchdog->away.running || stuck_hangs(daemon))
 		return;
 	keeper_tell(daemon->keeper, KEEPER_ALIVE, "%s", "");
 	for (unsigned i = 0; i < daemon->reactor_count; i++) {

@@ -1,7 +1,7 @@
 /*
  * A sign of life, for the keeper or the service manager, as long as every reactor turns: all of them get through
- * their events, their tasks and what was ready, again and again. A disk that does not answer is no reason to kill
- * the daemon; a thread that hangs is.
+ * their events, their tasks and what was ready, again and again; and no disk has requests that wait for nothing any
+ * more. A disk that does not answer is no reason to kill the daemon; a thread that hangs is.
  */
 #pragma once
 

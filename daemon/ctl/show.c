@@ -432,6 +432,12 @@ static void show_status(const json_t *status)
 		printf("  %s\n", description);
 	show_record(json_object_get(status, "record"));
 	show_kernel(json_object_get(status, "kernel"));
+	if (get_number(nbd, "oldest_seconds"))
+		printf("  %llu request%s in the disk, the oldest for %llu s%s\n",
+			(unsigned long long)get_number(nbd, "running"),
+			get_number(nbd, "running") == 1 ? "" : "s",
+			(unsigned long long)get_number(nbd, "oldest_seconds"),
+			get_number(nbd, "stuck_seconds") ? ": STUCK" : "");
 	show_header();
 	snprintf(name, sizeof(name), "NBD, %llu connection%s", (unsigned long long)connections,
 		connections == 1 ? "" : "s");

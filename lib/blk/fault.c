@@ -18,13 +18,14 @@
 
 #include "base/util.h"
 #include "blk/layers.h"
+#include "rt/lock.h"
 #include "rt/reactor.h"
 
 struct fault {
 	struct blk blk;
 
 	/* options */
-	const struct conf *ops, *delay_ops;
+	const struct conf *ops, *delay_ops, *hang_ops;
 	uint64_t from, to;
 	int error; /* index in error_names */
 	int64_t every, countdown, permille, delay_us, delay_random_us, seed;
@@ -32,6 +33,7 @@ struct fault {
 	const char *log;
 
 	struct fault_rules rules;
+	struct co_queue never; /* nobody is woken here */
 	uint64_t counted, failed;
 	uint64_t random; /* state of the generator */
 	int log_fd;      /* -1: no log */
@@ -62,6 +64,7 @@ static const struct opt fault_options[] = {
 	{ "delay-us", OPT_INT, OPT(delay_us), .help = "by so many microseconds" },
 	{ "delay-random-us", OPT_INT, OPT(delay_random_us),
 		.help = "and at random up to so many more" },
+	{ "hang-ops", OPT_STRINGS, OPT(hang_ops), .help = "which never end; none by default" },
 	{ "seed", OPT_INT, OPT(seed), "1", .help = "of the random numbers" },
 	{ "log", OPT_STRING, OPT(log), .help = "file that gets every change; see fault.h" },
 	{ 0 },
@@ -112,6 +115,8 @@ static int rules_from_options(const struct fault *fault, struct fault_rules *rul
 
 	int ret = parse_ops(fault->ops, 0, &rules->ops, err);
 
+	if (!ret)
+		ret = parse_ops(fault->hang_ops, 0, &rules->hang_ops, err);
 	return ret ? ret : parse_ops(fault->delay_ops, FAULT_ALL, &rules->delay_ops, err);
 }
 
@@ -153,6 +158,8 @@ static suspends void delay(struct fault *fault, enum fault_op op)
 	const struct fault_rules *rules = &fault->rules;
 	uint64_t us = rules->delay_us;
 
+	if (rules->hang_ops & op)
+		co_queue_wait(&fault->never);
 	if (!(rules->delay_ops & op))
 		return;
 	if (rules->delay_random_us)
@@ -228,6 +235,7 @@ static suspends int fault_open(struct blk *blk, struct err *err)
 {
 	struct fault *fault = to_fault(blk);
 
+	co_queue_init(&fault->never);
 	fault->log_fd = -1;
 	fault->random = (uint64_t)fault->seed * UINT64_C(0x9e3779b97f4a7c15) + 1;
 	if (fault->log) {

@@ -35,6 +35,7 @@ struct fault_rules {
 	bool torn; /* a failing write lets a random prefix through, in units of FAULT_SECTOR */
 	unsigned delay_ops;                 /* these are delayed before they go on */
 	uint64_t delay_us, delay_random_us; /* fixed, and up to so much more at random */
+	unsigned hang_ops;                  /* these never end */
 };
 
 #define FAULT_SECTOR 512 /* or the block size, if that is larger */

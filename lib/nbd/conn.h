@@ -55,7 +55,7 @@ struct nbd_fragments {
 };
 
 struct nbd_request {
-	struct list link; /* in conn->free or conn->ready */
+	struct list link; /* in conn->free, conn->running or conn->ready */
 	struct nbd_conn *conn;
 	uint16_t type, flags; /* NBD_CMD_..., NBD_CMD_FLAG_... */
 	be64 cookie;
@@ -114,6 +114,7 @@ struct nbd_conn {
 	/* requests */
 	struct nbd_request *slots; /* limits->requests of them */
 	struct list free;
+	struct list running;     /* in the disk, the oldest first */
 	unsigned in_flight;      /* slots in use: from the complete request to the sent reply */
 	uint64_t buffered_bytes; /* chunks and payload buffers */
 	unsigned max_requests;   /* this connection's share */

@@ -108,6 +108,7 @@ static struct nbd_conn *conn_create(struct nbd_export *export, const struct nbd_
 		return NULL;
 	}
 	list_init(&conn->free);
+	list_init(&conn->running);
 	for (unsigned i = 0; i < limits->requests; i++)
 		list_push_back(&conn->free, &conn->slots[i].link);
 	co_queue_init(&conn->room);
@@ -382,10 +383,31 @@ json_t *nbd_conn_status(const struct nbd_conn *conn)
 	return client;
 }
 
+struct nbd_progress nbd_export_progress(const struct nbd_export *export)
+{
+	struct nbd_progress progress = {
+		.oldest_ns = reactor_now_ns(),
+		.answered = export->answered,
+	};
+
+	list_for_each (link, &export->conns) {
+		const struct nbd_conn *conn = list_entry(link, struct nbd_conn, link);
+
+		progress.running += conn->in_flight - conn->ready_count;
+		if (!list_empty(&conn->running))
+			progress.oldest_ns = MIN(progress.oldest_ns,
+				list_entry(conn->running.next, struct nbd_request, link)
+					->received_ns);
+	}
+	return progress;
+}
+
 json_t *nbd_export_status(struct nbd_export *export)
 {
 	json_t *status = json_object(), *clients = json_array();
 	struct nbd_counters sum = export->counters;
+	struct nbd_progress progress = nbd_export_progress(export);
+	uint64_t oldest_age_ns = reactor_now_ns() - progress.oldest_ns;
 
 	list_for_each (link, &export->conns) {
 		struct nbd_conn *conn = list_entry(link, struct nbd_conn, link);
@@ -393,6 +415,9 @@ json_t *nbd_export_status(struct nbd_export *export)
 		add_counters(&sum, &conn->counters);
 		json_array_append_new(clients, nbd_conn_status(conn));
 	}
+	json_object_set_new(status, "running", json_integer(progress.running));
+	json_object_set_new(
+		status, "oldest_seconds", json_integer((json_int_t)(oldest_age_ns / NS_PER_SEC)));
 	json_object_set_new(
 		status, "connections", json_integer((json_int_t)json_array_size(clients)));
 	put_counters(status, &sum);

@@ -352,7 +352,7 @@ static struct nbd_request *take_slot(struct nbd_conn *conn, const struct nbd_req
 	assert(slot); /* there is room */
 	struct nbd_request *request = list_entry(slot, struct nbd_request, link);
 	memcpy(request, received, offsetof(struct nbd_request, pieces));
-	list_init(&request->link);
+	list_push_back(&conn->running, &request->link);
 	request->received_ns = reactor_now_ns();
 	conn->in_flight++;
 	return request;

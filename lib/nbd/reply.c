@@ -36,6 +36,7 @@ static void release(struct nbd_request *request)
 
 	nbd_payload_put(request);
 	nbd_fragments_put(request);
+	list_remove(&request->link);
 	list_push_front(&conn->free, &request->link);
 	conn->in_flight--;
 	co_queue_wake_all(&conn->room);
@@ -183,6 +184,7 @@ static void push_ready(struct nbd_request *request)
 {
 	struct nbd_conn *conn = request->conn;
 
+	list_remove(&request->link);
 	list_push_back(&conn->ready, &request->link);
 	conn->ready_count++;
 	conn->ready_bytes += request->reply_bytes;
@@ -199,6 +201,7 @@ void nbd_reply(struct nbd_request *request)
 {
 	struct nbd_conn *conn = request->conn;
 
+	conn->export->answered += request->kind < NBD_COUNTERS;
 	if (conn->error) {
 		release(request);
 		return;

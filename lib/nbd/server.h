@@ -129,6 +129,7 @@ struct nbd_export {
 	struct co_group serving;     /* nbd_serve() calls */
 	bool closing;                /* nbd_serve() refuses with -ESHUTDOWN */
 	struct nbd_journal *journal; /* of a kernel device: nbd_journal_replay(); NULL: none */
+	uint64_t answered;           /* requests that the disk has been through with */
 	struct nbd_counters
 		counters; /* of connections that are gone; nbd_export_status() adds the others */
 	struct nbd_latency latency[NBD_ORIGINS]; /* of all connections */
@@ -152,8 +153,18 @@ suspends void nbd_export_close(struct nbd_export *export, uint64_t grace_ns);
  */
 uint16_t nbd_export_flags(const struct nbd_export *export, bool read_only);
 
+/* What the disk has in hand, for all connections. */
+struct nbd_progress {
+	unsigned running;
+	uint64_t oldest_ns; /* when the oldest of these came; now: there is none */
+	uint64_t answered;  /* since the beginning */
+};
+
+/* Home reactor. */
+struct nbd_progress nbd_export_progress(const struct nbd_export *export);
+
 /*
- * Home reactor. {"connections": n, "requests": {"read": {"requests", "bytes"}, ...}, "errors", "latency",
+ * Home reactor. {"running": n, "oldest_seconds": n, "connections": n, "requests": {"read": {"requests", "bytes"}, ...}, "errors", "latency",
  * "kernel_latency", "clients": [...]}
  */
 json_t *nbd_export_status(struct nbd_export *export);

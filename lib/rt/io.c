@@ -94,7 +94,7 @@ static suspends int64_t request_run(struct io_request *request)
 	request->waiter = co_self();
 	do {
 		engine->ops->submit(engine, request);
-		co_suspend();
+		co_suspend_outside();
 	} while (request->result == -EINTR);
 	return request->result;
 }

@@ -61,7 +61,7 @@ suspends bool co_queue_wait_until(struct co_queue *queue, uint64_t deadline_ns)
 	timer_init(&waiter.timer, wait_timed_out);
 	timer_arm(&waiter.timer, deadline_ns);
 	list_push_back(&queue->waiters, &waiter.link);
-	co_suspend();
+	co_suspend_outside();
 	timer_cancel(&waiter.timer);
 	return !waiter.timed_out;
 }

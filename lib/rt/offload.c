@@ -44,5 +44,5 @@ suspends void co_offload(void (*fn)(void *arg), void *arg)
 	list_init(&items);
 	list_push_back(&items, &call.task.link);
 	pool_submit(&offload_pool, &items, 1);
-	co_suspend();
+	co_suspend_outside();
 }

@@ -411,6 +411,20 @@ void reactor_run_main(struct reactor *reactor, co_fn *fn, void *arg)
 
 /* --- for coroutines --------------------------------------------------------------------------- */
 
+suspends void co_suspend_outside(void)
+{
+	struct reactor *reactor = reactor_current;
+
+	reactor->outside_waits++;
+	co_suspend();
+	reactor->outside_waits--;
+}
+
+unsigned reactor_outside_waits(void)
+{
+	return reactor_current->outside_waits;
+}
+
 struct sleep {
 	struct timer timer;
 	struct co *co;
@@ -427,7 +441,7 @@ suspends void co_sleep_ns(uint64_t duration_ns)
 
 	timer_init(&sleep.timer, sleep_over);
 	timer_arm(&sleep.timer, reactor_now_ns() + duration_ns);
-	co_suspend();
+	co_suspend_outside();
 }
 
 struct remote_call {
@@ -469,5 +483,5 @@ suspends void co_call_on(struct reactor *reactor, co_fn *fn, void *arg)
 	}
 	task_init(&call.task, remote_call_start);
 	reactor_post(reactor, &call.task);
-	co_suspend();
+	co_suspend_outside();
 }

@@ -92,6 +92,14 @@ void timer_cancel(struct timer *timer);
 
 /* --- for coroutines --------------------------------------------------------------------------- */
 
+/*
+ * As co_suspend(), where the wake-up will come from outside: from a disk, another thread or machine, the clock. When
+ * nobody waits like this, those who wait at all wait for each other.
+ */
+suspends void co_suspend_outside(void);
+/* How many coroutines of the current reactor do. */
+unsigned reactor_outside_waits(void);
+
 suspends void co_sleep_ns(uint64_t duration_ns);
 
 /* As co_yield(), but until the sockets have been looked at: those who have news go first. */

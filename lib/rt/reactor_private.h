@@ -57,6 +57,7 @@ struct reactor {
 		events[REACTOR_EVENTS_MAX]; /* of this turn; event_next.. are still to come */
 	int event_count, event_next;
 	struct co_pool co;
+	unsigned outside_waits; /* coroutines in co_suspend_outside() */
 	struct buf_pool bufs;
 	atomic_bool stopping;
 	pthread_mutex_t posted_mutex; /* protects posted, the only thing other threads touch */

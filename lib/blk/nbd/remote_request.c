@@ -134,7 +134,7 @@ static suspends int attempt(struct remote_conn *conn, struct remote_request *req
 	remote_conn_settle(conn);
 	if (!request->done) {
 		request->waiter = co_self();
-		co_suspend();
+		co_suspend_outside();
 	}
 	return request->result;
 }
