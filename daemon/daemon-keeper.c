@@ -149,6 +149,16 @@ static void stop_wanted(struct keeper_link *link)
 	daemon_stop(daemon);
 }
 
+static void park_wanted(struct keeper_link *link)
+{
+	struct daemon *daemon = container_of(link, struct daemon, keeper_link);
+
+	if (!daemon->stopping)
+		log_info("the service is restarted: leaving devices and sockets to the next one");
+	daemon->parking = daemon->keeper_ends = true;
+	daemon_stop(daemon);
+}
+
 static void reload_wanted(struct keeper_link *link)
 {
 	reload_by_signal(container_of(link, struct daemon, keeper_link));
@@ -160,6 +170,7 @@ suspends int daemon_meet_keeper(struct daemon *daemon, struct err *err)
 
 	link->on_stop = stop_wanted;
 	link->on_reload = reload_wanted;
+	link->on_park = park_wanted;
 	int ret = keeper_link_start(link, daemon->keeper_sock, err);
 	if (ret)
 		return ret;

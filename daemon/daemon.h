@@ -58,8 +58,9 @@ struct daemon {
 	struct task status_task;
 	struct watch signals; /* a signalfd */
 	bool stopping;
-	bool parking; /* stopping, and a successor takes over what the keeper holds */
-	bool ready;   /* once everything was started */
+	bool parking;     /* stopping, and a successor takes over what the keeper holds */
+	bool keeper_ends; /* and so does the keeper: devices that die with it are given back */
+	bool ready;       /* once everything was started */
 	struct co_queue stop_wanted; /* where daemon_run() waits */
 	struct timer stop_late;      /* what is stuck at the end gets named, then given up */
 	uint64_t stop_deadline_ns;

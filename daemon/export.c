@@ -423,12 +423,20 @@ static suspends int take_over(struct export *export, struct err *err)
 	return 0;
 }
 
+/* The device is for the next server. */
+static bool is_left(const struct export *export)
+{
+	const struct daemon *daemon = export->daemon;
+
+	return daemon->parking && (!daemon->keeper_ends || kernel_outlives(export->kernel));
+}
+
 /* The daemon ends: a device in use is detached all the same, after saying whose data is at stake. */
 static suspends void detach_for_good(struct export *export)
 {
 	struct err err;
 
-	if (export->daemon->parking || !export->kernel || !detach(export, false, &err))
+	if (!export->kernel || is_left(export) || !detach(export, false, &err))
 		return;
 	log_error("export \"%s\": %s; detaching it all the same, since the daemon stops",
 		export->config->name, err.text);
@@ -576,7 +584,7 @@ suspends void export_stop(struct export *export, uint64_t grace_ns)
 	detach_for_good(export);
 	nbd_withdraw(&export->nbd, grace_ns);
 	/* Nobody serves it now: what did not let itself be detached is let go. */
-	if (export->kernel && export->daemon->parking)
+	if (export->kernel && is_left(export))
 		kernel_leave(take_ptr(export->kernel));
 	else if (export->kernel)
 		kernel_abandon(take_ptr(export->kernel));

@@ -26,6 +26,7 @@
 #include "daemon/keeper_private.h"
 #include "daemon/kernel-memory.h"
 #include "daemon/kernel-name.h"
+#include "daemon/kernel-sysfs.h"
 #include "nbd/journal.h"
 
 enum event_kind { JOB_DONE, DEV_ENDED };
@@ -69,7 +70,7 @@ static struct held *held_new(struct keeper *keeper)
 			return NULL;
 		held->keeper = keeper;
 		held->slot = slot;
-		held->journal = -1;
+		held->journal = held->stored = -1;
 		devices->slots[slot] = held;
 		devices->count++;
 		return held;
@@ -86,7 +87,14 @@ static void held_free(struct held *held)
 	kernel_ends_close(&held->ends);
 	if (held->journal >= 0)
 		close(held->journal);
+	if (held->stored >= 0)
+		close(held->stored);
 	free(held);
+}
+
+static void set_identifier(struct held *held)
+{
+	snprintf(held->identifier, sizeof(held->identifier), "blkstack:%s", held->facts.export);
 }
 
 static struct held *find(struct keeper *keeper, uint32_t slot)
@@ -109,10 +117,11 @@ static void open_memory(const struct held *held, unsigned connections, int *jour
 			name, err.text);
 }
 
-static int run_claim(struct held *held, struct err *err)
+static struct kernel_dev_opts opts_of(const struct held *held)
 {
 	const struct keeper_message *facts = &held->facts;
-	const struct kernel_dev_opts opts = {
+
+	return (struct kernel_dev_opts){
 		.device = facts->device,
 		.identifier = held->identifier,
 		.mode = (enum kernel_dev_mode)facts->mode,
@@ -123,6 +132,11 @@ static int run_claim(struct held *held, struct err *err)
 		.dead_timeout_s = facts->dead_timeout_s,
 		.flags = (uint16_t)facts->flags,
 	};
+}
+
+static int run_claim(struct held *held, struct err *err)
+{
+	const struct kernel_dev_opts opts = opts_of(held);
 
 	int ret = kernel_dev_claim(&opts, dev_ended, held, &held->dev, &held->ends, err);
 	if (!ret && kernel_dev_mode(held->dev) == KERNEL_DEV_NETLINK)
@@ -258,12 +272,14 @@ static void answer_job(struct held *held)
 /* New connections begin without a past. */
 static void take_new_ends(struct held *held)
 {
+	store_forget_device(held);
 	kernel_ends_close(&held->ends);
 	held->ends = held->job.ends;
 	held->facts.settled = false;
 	if (held->journal >= 0)
 		close(held->journal);
 	held->journal = held->job.journal;
+	store_put_device(held);
 }
 
 static void job_done(struct held *held)
@@ -277,11 +293,15 @@ static void job_done(struct held *held)
 		held->facts.size_bytes = job->request.size_bytes;
 	if (job->run == run_settle)
 		held->facts.settled = true;
+	if (job->run == run_settle || job->run == run_resize)
+		store_note_device(held);
 	if (job->run == run_claim && !job->ret && job->server != held->keeper->server_id) {
 		job->server = 0;
 		if (!job_start(held, NULL, 0, run_free))
 			return;
 	}
+	if (job->run == run_claim && !job->ret)
+		store_put_device(held);
 	answer_job(held);
 	if (job->run == run_free || (job->run == run_claim && job->ret))
 		held_free(held);
@@ -360,7 +380,7 @@ static void claim(struct keeper *keeper, const struct keeper_message *request)
 	held->facts = *request;
 	held->facts.restarts = 0;
 	held->facts.settled = false;
-	snprintf(held->identifier, sizeof(held->identifier), "blkstack:%s", request->export);
+	set_identifier(held);
 	if (job_start(held, request, keeper->server_id, run_claim)) {
 		held_free(held);
 		refuse(keeper, request, EAGAIN, "the keeper cannot start a thread");
@@ -386,6 +406,7 @@ static void next(struct keeper *keeper, const struct keeper_message *request)
 			return refuse(
 				keeper, request, EAGAIN, "its connections are being replaced");
 		held->facts.restarts++; /* the servers that got it after the one that claimed it */
+		store_note_device(held);
 		return hand_out(held, request->id);
 	}
 	refuse(keeper, request, ENOENT, "no more devices");
@@ -412,6 +433,7 @@ static void take_journal(
 		!journal_ok(fds->fd[0]))
 		return refuse(keeper, request, EINVAL, "the keeper has no use for the journal");
 	held->journal = fds->fd[--fds->count];
+	store_put_journal(held);
 	keeper_say(keeper, KEEPER_ANSWER, &answer, NULL, 0);
 }
 
@@ -431,6 +453,8 @@ static void change(struct keeper *keeper, const struct keeper_message *request)
 		return refuse(keeper, request, ENOENT, "the keeper has no such device");
 	if (held->job.running)
 		return refuse(keeper, request, EBUSY, "the device is being changed already");
+	if (request->word == KEEPER_FREE)
+		store_forget_device(held);
 	if (job_start(held, request, keeper->server_id, runs[request->word]))
 		refuse(keeper, request, EAGAIN, "the keeper cannot start a thread");
 }
@@ -446,6 +470,35 @@ void devices_request(
 		next(keeper, request);
 	else
 		change(keeper, request);
+}
+
+/* --- from keeper to keeper -------------------------------------------------------------------- */
+
+int devices_adopt(struct keeper *keeper, const struct keeper_message *facts, const char *name,
+	struct kernel_ends *ends, int journal, int stored, struct err *err)
+{
+	uint64_t sectors;
+
+	if (!export_name_ok(facts->export) || find_export(&keeper->devices, facts->export))
+		return err_set(err, EINVAL, "its name is not one, or another device has it");
+	struct held *held = held_new(keeper);
+	if (!held)
+		return err_set(err, ENOSPC, "the keeper holds as many devices as it can");
+	held->facts = *facts;
+	set_identifier(held);
+	const struct kernel_dev_opts opts = opts_of(held);
+	int ret = kernel_dev_adopt(&opts, name, ends, dev_ended, held, &held->dev, err);
+	if (ret) {
+		held_free(held);
+		return ret;
+	}
+	held->ends = *ends;
+	ends->count = 0;
+	held->journal = journal;
+	held->stored = stored;
+	if (kernel_sysfs_number(name, "size", &sectors)) /* it may have been resized last of all */
+		held->facts.size_bytes = sectors * 512;
+	return 0;
 }
 
 /* --- the end ---------------------------------------------------------------------------------- */
@@ -465,6 +518,7 @@ void devices_free(struct keeper *keeper)
 				kernel_dev_name(held->dev), held->facts.export,
 				kernel_dev_stays(held->dev) ? "its users wait for the next start"
 							    : "what was not written is lost");
+		store_forget_device(held);
 		held->job = (struct job){ 0 }; /* not as the last request had it */
 		run_free(held, NULL);
 		held_free(held);

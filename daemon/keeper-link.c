@@ -75,6 +75,9 @@ static void hear(
 	case KEEPER_RELOAD:
 		link->on_reload(link);
 		break;
+	case KEEPER_PARK:
+		link->on_park(link);
+		break;
 	}
 	keeper_fds_close(fds);
 }

@@ -31,6 +31,7 @@ struct keeper_link {
 	/* The owner's. Called in plain code. */
 	void (*on_stop)(struct keeper_link *link);
 	void (*on_reload)(struct keeper_link *link);
+	void (*on_park)(struct keeper_link *link);
 };
 
 /* One that wants to hear of its end. */

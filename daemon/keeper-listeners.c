@@ -12,23 +12,8 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include <systemd/sd-daemon.h>
-
 #include "daemon/keeper_private.h"
 #include "daemon/listen.h"
-
-void listeners_init(struct listeners *listeners)
-{
-	char **names = NULL;
-	int count = sd_listen_fds_with_names(1, &names);
-
-	for (int i = 0; i < count; i++) {
-		if (listeners_add(listeners, SD_LISTEN_FDS_START + i, names[i]))
-			close(SD_LISTEN_FDS_START + i);
-		free(names[i]);
-	}
-	free(names);
-}
 
 static bool listens(int fd)
 {
@@ -61,4 +46,5 @@ void listeners_forget(struct listeners *listeners)
 			close(listeners->items[i].fd);
 	}
 	listeners->count = left;
+	store_forget_listeners();
 }

@@ -60,6 +60,7 @@ enum keeper_word {
 	KEEPER_ENDED,  /* slot, ret: the driver gave the device up, for that reason */
 	KEEPER_STOP,   /* SIGTERM or SIGINT came */
 	KEEPER_RELOAD, /* SIGHUP came */
+	KEEPER_PARK, /* the service is restarted: end with PARKED, and give back what dies with the keeper */
 	KEEPER_WORDS
 };
 

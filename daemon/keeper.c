@@ -13,6 +13,10 @@
  * An upgrade is an end with PARKED followed by the program that stands in the file system now. If that one is not
  * ready in good time it is killed and the old one, whose file is kept open, comes back.
  *
+ * SIGTERM is a stop, or the first half of a restart (keeper-manager.c). Then the server parks, devices by netlink
+ * wait in the service manager's store with the sockets, and the keeper ends without touching them: the next one
+ * begins as if it had lost a server.
+ *
  * Failure modes: the keeper allocates when a device is claimed and when a server is started, and survives not
  * getting it. Its own death ends the server, and devices that were attached by ioctl.
  */
@@ -51,6 +55,7 @@
 #define MESSAGES_PER_TURN 64
 #define LAST_WORDS_MAX    1024 /* more than the socket holds: what comes then is of another process */
 #define NEVER             UINT64_MAX
+#define HOLD_US           "31536000000000" /* a year */
 
 enum phase { STARTING, SERVING, STOPPING, PARKED };
 
@@ -68,7 +73,8 @@ struct life {
 	uint32_t restarts;
 	char last_end[KEEPER_TEXT_LEN];
 	bool told_ready, stop_wanted, done;
-	int status; /* of the keeper, once done */
+	bool leaving; /* for another start, which takes everything over */
+	int status;   /* of the keeper, once done */
 
 	uint64_t watchdog_ns; /* the service manager's; 0: none */
 	uint64_t alive_ns, fed_ns;
@@ -180,6 +186,8 @@ static void stop_trying(struct life *life)
 		life->keeper.devices.count == 1 ? "s" : "");
 	log_error("keeper: %s (pid %d)", text, (int)getpid());
 	set_status_line(text);
+	if (!life->told_ready) /* a start that the service manager must not give up */
+		sd_notify(0, "EXTEND_TIMEOUT_USEC=" HOLD_US);
 	life->start_at_ns = NEVER;
 }
 
@@ -216,6 +224,17 @@ static void forget_upgrade(struct life *life, const char *why)
 	life->start_at_ns = now_ns();
 }
 
+/* Unless the service manager has changed its mind: then another server writes back and gives back. */
+static void leave(struct life *life, int status)
+{
+	if (manager_restarts(store_count(&life->keeper)))
+		return finish(life, WIFEXITED(status) ? WEXITSTATUS(status) : EXIT_FAILURE);
+	log_info("keeper: this is no restart any more, but a stop");
+	life->leaving = false;
+	life->restarts++;
+	life->start_at_ns = now_ns();
+}
+
 static void server_ended(struct life *life, int status)
 {
 	bool failed_to_start = life->phase == STARTING && !life->told_ready && WIFEXITED(status);
@@ -227,6 +246,8 @@ static void server_ended(struct life *life, int status)
 			log_error("keeper: the server was %s while it stopped", text);
 		return finish(life, WIFEXITED(status) ? WEXITSTATUS(status) : EXIT_FAILURE);
 	}
+	if (life->leaving)
+		return leave(life, status);
 	if (life->phase == PARKED) {
 		log_info("keeper: the server has handed over; starting the next one");
 		snprintf(life->last_end, sizeof(life->last_end), "handed over");
@@ -253,7 +274,7 @@ static void stop_server(struct life *life)
 	/* One that took over is ready first: else nobody would write back what the kernel has. */
 	if (life->phase == STARTING && life->restarts)
 		return;
-	keeper_say(&life->keeper, KEEPER_STOP, &word, NULL, 0);
+	keeper_say(&life->keeper, life->leaving ? KEEPER_PARK : KEEPER_STOP, &word, NULL, 0);
 }
 
 static void server_ready(struct life *life)
@@ -338,8 +359,10 @@ static void keep(struct life *life, const struct keeper_message *request, struct
 
 	if (fds->count == 1)
 		answer.ret = listeners_add(listeners, fds->fd[0], LISTEN_KEPT);
-	if (!answer.ret)
+	if (!answer.ret) {
+		store_put_listener(fds->fd[0]);
 		fds->count = 0;
+	}
 	keeper_say(&life->keeper, KEEPER_ANSWER, &answer, NULL, 0);
 }
 
@@ -470,8 +493,11 @@ static void try_again(struct life *life)
 static void stop(struct life *life)
 {
 	life->stop_wanted = true;
+	life->leaving = manager_restarts(store_count(&life->keeper));
 	if (life->keeper.server)
 		stop_server(life);
+	else if (life->leaving)
+		finish(life, EXIT_FAILURE);
 	else if (life->start_at_ns == NEVER || life->start_at_ns > now_ns())
 		try_again(life); /* it writes back and gives back */
 }
@@ -599,9 +625,15 @@ static int init(struct life *life)
 		return -errno;
 	if (sd_watchdog_enabled(1, &watchdog_us) > 0)
 		life->watchdog_ns = watchdog_us * 1000 / 2;
-	listeners_init(&life->keeper.listeners);
 	int ret = devices_init(&life->keeper.devices);
-	return ret ? ret : watch_signals(life);
+	if (ret)
+		return ret;
+	store_take_over(&life->keeper);
+	if (life->keeper.devices.count) {
+		life->restarts = 1;
+		snprintf(life->last_end, sizeof(life->last_end), "its keeper ended too");
+	}
+	return watch_signals(life);
 }
 
 int keeper_run(char *const *argv)
@@ -624,7 +656,8 @@ int keeper_run(char *const *argv)
 	}
 	while (!life->done)
 		turn(life);
-	devices_free(&life->keeper);
+	if (!life->leaving)
+		devices_free(&life->keeper);
 	int status = life->status;
 	if (!life->keeper.devices.count) /* else a thread of a device that hangs may look at it */
 		free(life);

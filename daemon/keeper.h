@@ -9,6 +9,11 @@
  */
 #pragma once
 
+#include <stdbool.h>
+
+/* Whether the service manager passed what a keeper before us left: then this start needs one, too. */
+bool store_has_anything(void);
+
 /*
  * Runs until the service ends; the exit status. argv: the command line of a server, without what tells it from
  * a keeper. Nothing may be open yet, and no thread run.

@@ -37,6 +37,7 @@ struct held {
 	struct kernel_dev *dev; /* NULL while it is being claimed */
 	struct kernel_ends ends;
 	int journal;                 /* the servers' own, never looked into */
+	int stored;                  /* what the service manager's store knows of it; -1: nothing */
 	struct keeper_message facts; /* export, device and sizes as they were claimed or changed */
 	char identifier[KEEPER_EXPORT_LEN + 16];
 	struct job job;
@@ -56,6 +57,12 @@ void devices_request(
 	struct keeper *keeper, const struct keeper_message *request, struct keeper_fds *fds);
 /* The pipe is readable. */
 void devices_events(struct keeper *keeper);
+/*
+ * One that the driver has, and whose parts were kept beyond the end of another keeper: they are taken over. On an
+ * error they stay the caller's.
+ */
+int devices_adopt(struct keeper *keeper, const struct keeper_message *facts, const char *name,
+	struct kernel_ends *ends, int journal, int stored, struct err *err);
 /* The end: disconnects what is left, without a flush, since nobody serves it. */
 void devices_free(struct keeper *keeper);
 
@@ -71,8 +78,6 @@ struct listeners {
 	unsigned count;
 };
 
-/* Takes over what the service manager passed. */
-void listeners_init(struct listeners *listeners);
 /* Takes fd over. */
 int listeners_add(struct listeners *listeners, int fd, const char *name);
 /* Those that listeners_add() got as LISTEN_KEPT. */
@@ -92,6 +97,27 @@ struct notes {
 int notes_write(struct notes *notes, const struct keeper_message *request);
 /* -ENOENT: no more. Fills in slot, export and text. */
 int notes_read(const struct notes *notes, uint32_t slot, struct keeper_message *answer);
+
+/* --- the service manager's store: keeper-store.c ----------------------------------------------- */
+
+/* Once it is claimed. */
+void store_put_device(struct held *held);
+void store_put_journal(const struct held *held);
+/* Its facts have changed. */
+void store_note_device(const struct held *held);
+/* Before it is freed. */
+void store_forget_device(struct held *held);
+void store_put_listener(int fd);
+void store_forget_listeners(void);
+/* How many descriptors of devices have to be in it. */
+unsigned store_count(const struct keeper *keeper);
+/* At the start: devices and listening sockets that the service manager passed. */
+void store_take_over(struct keeper *keeper);
+
+/* --- the service manager: keeper-manager.c ----------------------------------------------------- */
+
+/* SIGTERM came: true if we are to be started again, and that many descriptors wait in the store. Blocks for a moment. */
+bool manager_restarts(unsigned fd_count);
 
 /* --- the server: keeper-spawn.c --------------------------------------------------------------- */
 

@@ -384,6 +384,21 @@ static int netlink_claim(struct kernel_dev *dev, struct err *err)
 	return ret;
 }
 
+int kernel_dev_netlink_adopt(struct kernel_dev *dev, struct err *err)
+{
+	unsigned connections = dev->opts.connections;
+
+	dev->adopted = true;
+	int ret = lock_own(dev, err);
+	dev->opts.connections = connections;
+	if (ret)
+		return ret;
+	if (!has_identifier(dev->name, dev->identifier) || !is_connected(dev))
+		return err_set(err, ENODEV, "the driver does not have it any more");
+	kernel_dev_note(dev);
+	return start_watching(dev, err);
+}
+
 int kernel_dev_reconnect(struct kernel_dev *dev, struct kernel_ends *ends, struct err *err)
 {
 	if (dev->how->mode != KERNEL_DEV_NETLINK)

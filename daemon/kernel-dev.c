@@ -413,6 +413,35 @@ int kernel_dev_claim(const struct kernel_dev_opts *opts, void (*on_end)(void *ar
 	return 0;
 }
 
+int kernel_dev_adopt(const struct kernel_dev_opts *opts, const char *name,
+	const struct kernel_ends *ends, void (*on_end)(void *arg, int reason), void *arg,
+	struct kernel_dev **dev, struct err *err)
+{
+	int ret = check_opts(opts, err);
+
+	if (ret)
+		return ret;
+	struct kernel_dev *new = dev_new(opts, on_end, arg);
+	if (!new)
+		return err_set(err, ENOMEM, "out of memory");
+	new->how = &kernel_dev_by_netlink;
+	new->settled = true;
+	snprintf(new->name, sizeof(new->name), "%s", name);
+	for (unsigned i = 0; i < ends->count && !ret; i++) {
+		new->kernel_sock[i] = fcntl(ends->driver[i], F_DUPFD_CLOEXEC, 0);
+		if (new->kernel_sock[i] < 0)
+			ret = err_sys(err, errno, "a socket's descriptor");
+	}
+	if (!ret)
+		ret = kernel_dev_netlink_adopt(new, err);
+	if (ret) {
+		kernel_dev_free(new);
+		return ret;
+	}
+	*dev = new;
+	return 0;
+}
+
 /* --- settling and resizing -------------------------------------------------------------------- */
 
 static void set_queue(

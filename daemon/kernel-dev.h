@@ -62,6 +62,14 @@ struct kernel_ends {
 int kernel_dev_claim(const struct kernel_dev_opts *opts, void (*on_end)(void *arg, int reason),
 	void *arg, struct kernel_dev **dev, struct kernel_ends *ends, struct err *err);
 
+/*
+ * A device that another process attached by netlink, and whose ends were kept: it goes on as it is, and is settled
+ * already. The ends stay the caller's, as after a claim. -ENODEV: the driver does not have it under that identifier.
+ */
+int kernel_dev_adopt(const struct kernel_dev_opts *opts, const char *name,
+	const struct kernel_ends *ends, void (*on_end)(void *arg, int reason), void *arg,
+	struct kernel_dev **dev, struct err *err);
+
 /* Closes those that are left: entries of -1 were taken. */
 void kernel_ends_close(struct kernel_ends *ends);
 

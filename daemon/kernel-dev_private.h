@@ -51,6 +51,9 @@ struct kernel_dev {
 	struct err claim_err; /* of a claim that failed */
 };
 
+/* In kernel-dev-netlink.c: the lock and the watch of a device that is connected, with kernel_sock set. */
+int kernel_dev_netlink_adopt(struct kernel_dev *dev, struct err *err);
+
 /* What the driver is told. */
 uint64_t kernel_dev_driver_flags(const struct kernel_dev *dev);
 uint32_t kernel_dev_driver_timeout_s(const struct kernel_dev *dev);

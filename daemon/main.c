@@ -16,6 +16,8 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include <systemd/sd-daemon.h>
+
 #include "base/log.h"
 #include "base/util.h"
 #include "daemon/config-source.h"
@@ -175,7 +177,11 @@ static int check(const struct config_source *source)
 static int become_keeper(int argc, char **argv)
 {
 	char **args = calloc((size_t)argc + 2, sizeof(*args));
+	int passed_count = sd_listen_fds(0);
 
+	/* Who looked at what the service manager passed has set it. */
+	for (int fd = SD_LISTEN_FDS_START; fd < SD_LISTEN_FDS_START + passed_count; fd++)
+		fcntl(fd, F_SETFD, 0);
 	if (args) {
 		memcpy(args, argv, (size_t)argc * sizeof(*args));
 		args[argc] = (char *)"--keeper";
@@ -225,6 +231,9 @@ int main(int argc, char **argv)
 		return be_keeper(argc, argv);
 	if (args.server >= 0)
 		be_server();
+	/* Devices of a start before this one wait, also for a config that is mended. */
+	if (args.server < 0 && store_has_anything())
+		return become_keeper(argc, argv);
 	if (config_source_load(&args.source, &config, &err)) {
 		log_error("%s", err.text);
 		return EXIT_FAILURE;

@@ -41,7 +41,7 @@ static bool show_step(const json_t *step)
 	return *refused;
 }
 
-static enum ctl_exit reload(struct ctl *ctl)
+static enum ctl_exit reload_config(struct ctl *ctl)
 {
 	bool refused = false;
 	json_t *reply, *step;
@@ -210,7 +210,7 @@ enum ctl_exit ctl_reload(struct ctl *ctl, const char **operands, int operand_cou
 
 	if (ctl->upgrade && ctl->dry_run)
 		return ctl_fail(CTL_USAGE, "reload: --upgrade is no part of a --dry-run");
-	status = reload(ctl);
+	status = reload_config(ctl);
 	if (!status && ctl->upgrade)
 		status = ask_for_server(ctl, &pid, &keeper);
 	return !status && keeper ? hand_over(ctl, pid, &begun) : status;
