@@ -34,14 +34,13 @@
 #include "daemon/keeper_private.h"
 #include "daemon/listen.h"
 
-#define FACTS_MAGIC   0x626c6b73
-#define FACTS_VERSION 1 /* another one is not read: see above */
-#define NAME_LEN      (KERNEL_NAME_LEN + 16)
+#define FACTS_MAGIC 0x626c6b73
+#define NAME_LEN    (KERNEL_NAME_LEN + 16)
 
 /* What is known of a device and cannot be asked of the driver. */
 struct facts {
-	uint32_t magic, version;
-	uint32_t size_bytes; /* of all this */
+	uint32_t magic, version; /* KEEPER_VERSION, of the message; another one is not read */
+	uint32_t size_bytes;     /* of all this */
 	char name[KERNEL_NAME_LEN];
 	struct keeper_message message;
 };
@@ -83,7 +82,7 @@ static int write_facts(const struct held *held)
 {
 	struct facts facts = {
 		.magic = FACTS_MAGIC,
-		.version = FACTS_VERSION,
+		.version = KEEPER_VERSION,
 		.size_bytes = sizeof(facts),
 		.message = held->facts,
 	};
@@ -143,6 +142,18 @@ void store_forget_device(struct held *held)
 		name_of(held, "driver", (int)i, name);
 		take_out(name);
 	}
+}
+
+bool store_has_all(const struct keeper *keeper)
+{
+	bool all = true;
+
+	for (size_t i = 0; i < KEEPER_DEVICES_MAX; i++) {
+		const struct held *held = keeper->devices.slots[i];
+
+		all = all && (!held || held->stored >= 0 || held->ended);
+	}
+	return all;
 }
 
 unsigned store_count(const struct keeper *keeper)
@@ -263,7 +274,7 @@ static bool read_facts(const struct found *found, struct facts *facts)
 
 	return found->facts >= 0 &&
 	       pread(found->facts, facts, sizeof(*facts), 0) == sizeof(*facts) &&
-	       facts->magic == FACTS_MAGIC && facts->version == FACTS_VERSION &&
+	       facts->magic == FACTS_MAGIC && facts->version == KEEPER_VERSION &&
 	       facts->size_bytes == sizeof(*facts) && is_text(facts->name, sizeof(facts->name)) &&
 	       !strcmp(facts->name, found->name) &&
 	       is_text(message->export, sizeof(message->export)) &&

@@ -496,7 +496,7 @@ static void stop(struct life *life)
 	life->leaving = manager_restarts(store_count(&life->keeper));
 	if (life->keeper.server)
 		stop_server(life);
-	else if (life->leaving)
+	else if (life->leaving && store_has_all(&life->keeper))
 		finish(life, EXIT_FAILURE);
 	else if (life->start_at_ns == NEVER || life->start_at_ns > now_ns())
 		try_again(life); /* it writes back and gives back */

@@ -109,6 +109,8 @@ void store_note_device(const struct held *held);
 void store_forget_device(struct held *held);
 void store_put_listener(int fd);
 void store_forget_listeners(void);
+/* Whether no device dies with the keeper. */
+bool store_has_all(const struct keeper *keeper);
 /* How many descriptors of devices have to be in it. */
 unsigned store_count(const struct keeper *keeper);
 /* At the start: devices and listening sockets that the service manager passed. */
