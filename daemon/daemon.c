@@ -220,7 +220,9 @@ void daemon_tell_status(const struct daemon *daemon)
 		const struct export *export = list_entry(link, struct export, link);
 
 		exports++;
-		devices += export->kernel && !kernel_lost(export->kernel);
+		devices += export->kernel && !kernel_lost(export->kernel) &&
+			   !kernel_is_held(export->kernel);
+		waiting += export->kernel && kernel_is_held(export->kernel);
 		lost += export->kernel && kernel_lost(export->kernel);
 		stuck += atomic_load(&export->stuck.since_ns) != 0;
 	}
