@@ -434,12 +434,11 @@ int kernel_dev_adopt(const struct kernel_dev_opts *opts, const char *name,
 	}
 	if (!ret)
 		ret = kernel_dev_netlink_adopt(new, err);
-	if (ret) {
+	if (ret)
 		kernel_dev_free(new);
-		return ret;
-	}
-	*dev = new;
-	return 0;
+	else
+		*dev = new;
+	return ret;
 }
 
 /* --- settling and resizing -------------------------------------------------------------------- */
