@@ -4,6 +4,9 @@
  * To end it, the whole disk is locked like by a guest's change: that waits for the changes and copy steps
  * under way and lets reads pass. What waits for the lock meanwhile, and what comes later, looks at the phase
  * after it has it, and goes to the leg that serves from now on. So nothing is lost, and nothing is drained.
+ *
+ * A primary that hangs would hold the lock for good. A forced promotion gives it up after a while, which ends the
+ * requests of layers that can (blk_abandon()); those that fail for it wait for the promotion and are asked again.
  */
 #include <assert.h>
 #include <errno.h>
