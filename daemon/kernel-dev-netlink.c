@@ -25,6 +25,7 @@
  * nobody can have used it yet.
  */
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/nbd.h>
 #include <poll.h>
 #include <signal.h>
@@ -384,7 +385,8 @@ static int netlink_claim(struct kernel_dev *dev, struct err *err)
 	return ret;
 }
 
-int kernel_dev_netlink_adopt(struct kernel_dev *dev, struct err *err)
+/* The lock and the watch of a device that is connected. */
+static int go_on(struct kernel_dev *dev, struct err *err)
 {
 	unsigned connections = dev->opts.connections;
 
@@ -397,6 +399,34 @@ int kernel_dev_netlink_adopt(struct kernel_dev *dev, struct err *err)
 		return err_set(err, ENODEV, "the driver does not have it any more");
 	kernel_dev_note(dev);
 	return start_watching(dev, err);
+}
+
+int kernel_dev_adopt(const struct kernel_dev_opts *opts, const char *name,
+	const struct kernel_ends *ends, void (*on_end)(void *arg, int reason), void *arg,
+	struct kernel_dev **dev, struct err *err)
+{
+	int ret = kernel_dev_check(opts, err);
+
+	if (ret)
+		return ret;
+	struct kernel_dev *new = kernel_dev_new(opts, on_end, arg);
+	if (!new)
+		return err_set(err, ENOMEM, "out of memory");
+	new->how = &kernel_dev_by_netlink;
+	new->settled = true;
+	snprintf(new->name, sizeof(new->name), "%s", name);
+	for (unsigned i = 0; i < ends->count && !ret; i++) {
+		new->kernel_sock[i] = fcntl(ends->driver[i], F_DUPFD_CLOEXEC, 0);
+		if (new->kernel_sock[i] < 0)
+			ret = err_sys(err, errno, "a socket's descriptor");
+	}
+	if (!ret)
+		ret = go_on(new, err);
+	if (ret)
+		kernel_dev_free(new);
+	else
+		*dev = new;
+	return ret;
 }
 
 int kernel_dev_reconnect(struct kernel_dev *dev, struct kernel_ends *ends, struct err *err)

@@ -315,7 +315,7 @@ int kernel_dev_start_thread(struct kernel_dev *dev, void *(*run)(void *dev), str
 	return ret ? err_sys(err, ret, "a thread for %s", dev->device) : 0;
 }
 
-static int check_opts(const struct kernel_dev_opts *opts, struct err *err)
+int kernel_dev_check(const struct kernel_dev_opts *opts, struct err *err)
 {
 	unsigned index;
 	char rest;
@@ -346,7 +346,7 @@ static int check_opts(const struct kernel_dev_opts *opts, struct err *err)
 	return 0;
 }
 
-static struct kernel_dev *dev_new(
+struct kernel_dev *kernel_dev_new(
 	const struct kernel_dev_opts *opts, void (*on_end)(void *arg, int reason), void *arg)
 {
 	struct kernel_dev *dev = calloc(1, sizeof(*dev));
@@ -393,13 +393,13 @@ int kernel_dev_claim(const struct kernel_dev_opts *opts, void (*on_end)(void *ar
 	void *arg, struct kernel_dev **dev, struct kernel_ends *ends, struct err *err)
 {
 	struct kernel_dev *new;
-	int ret = check_opts(opts, err);
+	int ret = kernel_dev_check(opts, err);
 
 	if (!ret)
 		ret = kernel_sysfs_probe(err);
 	if (ret)
 		return ret;
-	new = dev_new(opts, on_end, arg);
+	new = kernel_dev_new(opts, on_end, arg);
 	if (!new)
 		return err_set(err, ENOMEM, "out of memory");
 	ret = claim(new, err);
@@ -411,34 +411,6 @@ int kernel_dev_claim(const struct kernel_dev_opts *opts, void (*on_end)(void *ar
 	}
 	*dev = new;
 	return 0;
-}
-
-int kernel_dev_adopt(const struct kernel_dev_opts *opts, const char *name,
-	const struct kernel_ends *ends, void (*on_end)(void *arg, int reason), void *arg,
-	struct kernel_dev **dev, struct err *err)
-{
-	int ret = check_opts(opts, err);
-
-	if (ret)
-		return ret;
-	struct kernel_dev *new = dev_new(opts, on_end, arg);
-	if (!new)
-		return err_set(err, ENOMEM, "out of memory");
-	new->how = &kernel_dev_by_netlink;
-	new->settled = true;
-	snprintf(new->name, sizeof(new->name), "%s", name);
-	for (unsigned i = 0; i < ends->count && !ret; i++) {
-		new->kernel_sock[i] = fcntl(ends->driver[i], F_DUPFD_CLOEXEC, 0);
-		if (new->kernel_sock[i] < 0)
-			ret = err_sys(err, errno, "a socket's descriptor");
-	}
-	if (!ret)
-		ret = kernel_dev_netlink_adopt(new, err);
-	if (ret)
-		kernel_dev_free(new);
-	else
-		*dev = new;
-	return ret;
 }
 
 /* --- settling and resizing -------------------------------------------------------------------- */

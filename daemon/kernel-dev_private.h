@@ -51,8 +51,10 @@ struct kernel_dev {
 	struct err claim_err; /* of a claim that failed */
 };
 
-/* In kernel-dev-netlink.c: the lock and the watch of a device that is connected, with kernel_sock set. */
-int kernel_dev_netlink_adopt(struct kernel_dev *dev, struct err *err);
+int kernel_dev_check(const struct kernel_dev_opts *opts, struct err *err);
+/* Without a device yet; NULL: out of memory. */
+struct kernel_dev *kernel_dev_new(
+	const struct kernel_dev_opts *opts, void (*on_end)(void *arg, int reason), void *arg);
 
 /* What the driver is told. */
 uint64_t kernel_dev_driver_flags(const struct kernel_dev *dev);
