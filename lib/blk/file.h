@@ -55,8 +55,8 @@ int file_find_size(int fd, bool is_device, uint64_t *size);
 
 /*
  * Takes the locks of a writer or a reader on fd, until it is closed. -EBUSY when somebody holds
- * conflicting ones, with a text that names them.
+ * conflicting ones, with a text; with name_them one that says who, found by a look at every process.
  */
-int file_lock(int fd, const char *path, bool read_only, struct err *err);
+int file_lock(int fd, const char *path, bool read_only, bool name_them, struct err *err);
 /* Fills err for a block device that cannot be opened exclusively: who uses it. Returns -EBUSY. */
 int file_device_busy(const char *path, dev_t device, struct err *err);

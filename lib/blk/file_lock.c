@@ -131,8 +131,8 @@ static int lock_byte(int fd, off_t byte)
 	return fcntl(fd, F_OFD_SETLK, &lock) ? -errno : 0;
 }
 
-/* -EBUSY, with a text, when somebody else has a lock on the byte. */
-static int check_byte(int fd, const char *path, off_t byte, struct err *err)
+/* -EBUSY, with a text, when somebody else has a lock on the byte; who it is takes a look at every process. */
+static int check_byte(int fd, const char *path, off_t byte, bool name_them, struct err *err)
 {
 	struct flock lock = {
 		.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = byte, .l_len = 1
@@ -143,6 +143,8 @@ static int check_byte(int fd, const char *path, off_t byte, struct err *err)
 		return err_sys(err, errno, "the locks of \"%s\" cannot be read", path);
 	if (lock.l_type == F_UNLCK)
 		return 0;
+	if (!name_them)
+		return err_set(err, EBUSY, "\"%s\" is in use", path);
 	snprintf(pid, sizeof(pid), "%d", (int)lock.l_pid);
 	if (lock.l_pid > 0)
 		name_process(pid, who);
@@ -151,7 +153,7 @@ static int check_byte(int fd, const char *path, off_t byte, struct err *err)
 	return err_set(err, EBUSY, "\"%s\" is in use by %s", path, who);
 }
 
-int file_lock(int fd, const char *path, bool read_only, struct err *err)
+int file_lock(int fd, const char *path, bool read_only, bool name_them, struct err *err)
 {
 	const unsigned *uses = read_only ? reader_uses : writer_uses;
 	size_t use_count = read_only ? ARRAY_LEN(reader_uses) : ARRAY_LEN(writer_uses);
@@ -169,9 +171,9 @@ int file_lock(int fd, const char *path, bool read_only, struct err *err)
 			strerror(-result));
 
 	for (size_t i = 0; !result && i < use_count; i++)
-		result = check_byte(fd, path, LOCK_EXCLUDES_BASE + uses[i], err);
+		result = check_byte(fd, path, LOCK_EXCLUDES_BASE + uses[i], name_them, err);
 	for (size_t i = 0; !result && i < ARRAY_LEN(excludes); i++)
-		result = check_byte(fd, path, LOCK_USES_BASE + excludes[i], err);
+		result = check_byte(fd, path, LOCK_USES_BASE + excludes[i], name_them, err);
 	return result;
 }
 
@@ -220,7 +222,7 @@ int file_device_busy(const char *path, dev_t device, struct err *err)
 	CLEANUP(fd) int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY);
 	char who[WHO_LEN];
 
-	if (fd >= 0 && file_lock(fd, path, false, err) == -EBUSY)
+	if (fd >= 0 && file_lock(fd, path, false, true, err) == -EBUSY)
 		return -EBUSY;
 	if (!find_mount(device, who) && !find_device_above(device, who))
 		snprintf(who, sizeof(who),

@@ -313,7 +313,8 @@ static void set_caps(struct file_layer *file, const struct stat *st)
 
 /* --- all of it -------------------------------------------------------------------------------- */
 
-static int open_and_measure(struct file_layer *file, struct err *err)
+/* will_retry: who has it in use is not looked for. */
+static int open_and_measure(struct file_layer *file, bool will_retry, struct err *err)
 {
 	struct stat st;
 	int result = open_or_create(file, err);
@@ -329,7 +330,8 @@ static int open_and_measure(struct file_layer *file, struct err *err)
 	file->inode_ino = st.st_ino;
 	file->is_device = S_ISBLK(st.st_mode);
 	if (file->lock)
-		result = file_lock(file->fd, file->path, file->blk.caps.read_only, err);
+		result = file_lock(
+			file->fd, file->path, file->blk.caps.read_only, !will_retry, err);
 	if (!result)
 		result = open_for_sync(file, err);
 	if (!result)
@@ -364,14 +366,14 @@ static void close_files(struct file_layer *file)
 static int open_when_free(struct file_layer *file, struct err *err)
 {
 	unsigned patience_ms = file->blk.env->successor ? SUCCESSOR_WAIT_MS : STRANGER_WAIT_MS;
-	int result = open_and_measure(file, err);
+	int result = open_and_measure(file, true, err);
 
-	for (unsigned waited_ms = 0; result == -EBUSY && waited_ms < patience_ms;
-		waited_ms += SUCCESSOR_LOOK_MS) {
+	for (unsigned waited_ms = 0; result == -EBUSY && waited_ms < patience_ms;) {
 		close_files(file);
 		usleep(SUCCESSOR_LOOK_MS * 1000);
+		waited_ms += SUCCESSOR_LOOK_MS;
 		*err = (struct err){ 0 };
-		result = open_and_measure(file, err);
+		result = open_and_measure(file, waited_ms < patience_ms, err);
 	}
 	return result;
 }
