@@ -197,6 +197,7 @@ static int format(struct nbd_journal *journal, uint64_t memory_bytes, struct err
 	if (ret)
 		return ret;
 	*journal->head = (struct journal_head){
+		.magic = journal->head->magic, /* of a blank one still, should this be the end */
 		.version = JOURNAL_VERSION,
 		.connections = journal->line_count,
 		.memory_bytes = memory_bytes,
