@@ -502,6 +502,12 @@ static suspends void case_another_size(void)
 	ck_assert_int_eq(blk_resize(blk, SIZE_BYTES, BLK_FORCE, &err), 0);
 	ck_assert_int_eq(blk_read(blk, SIZE_BYTES - 1, &byte, 1), 0);
 
+	/* At once, one after the other: some connections are always on their way, with the size of before. */
+	for (uint64_t size = 2 * SIZE_BYTES; size <= 32 * SIZE_BYTES; size += SIZE_BYTES) {
+		ck_assert_int_eq(truncate("image", (off_t)size), 0);
+		ck_assert_msg(!blk_resize(blk, size, 0, &err), "%s", err.text);
+	}
+
 	far_kill(&far);
 	resize_fails(blk, 2 * SIZE_BYTES, "no new connection: ");
 	stack_close(blk);

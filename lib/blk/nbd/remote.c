@@ -256,8 +256,11 @@ static suspends int ask_size(struct remote *remote, uint64_t wanted, struct err 
 	if (ret)
 		return err_sys(err, -ret, "it cannot be flushed");
 	remote->resize_to = wanted;
-	for (unsigned i = 0; i < remote->conn_count; i++)
+	remote->sizes_asked++;
+	for (unsigned i = 0; i < remote->conn_count; i++) {
 		remote_conn_lose(&remote->conns[i], ESTALE, "it is made anew, to ask for the size");
+		co_queue_wake_all(&remote->conns[i].changed);
+	}
 	remote->refused = false;
 	remote->give_up_ns = reactor_now_ns() + MAX(remote->reconnect_s, RESIZE_MIN_S) * NS_PER_SEC;
 	up = remote_wait_for_connection(remote, NO_DEADLINE);

@@ -35,6 +35,8 @@ struct remote_conn {
 	uint64_t
 		born; /* remote->acked when it was established: older writes it may know nothing of */
 
+	uint64_t asked; /* remote->sizes_asked when its handshake began */
+
 	struct list requests; /* what the server has not answered yet */
 	unsigned request_count;
 	uint64_t completed; /* answers so far */
@@ -68,6 +70,7 @@ struct remote {
 	uint64_t give_up_ns;     /* while ready_count is 0: when requests are to wait no longer */
 	bool refused;            /* the server is there, but it is not the same disk any more */
 	uint64_t resize_to;      /* a size that is right, too, when it comes back; 0: none */
+	uint64_t sizes_asked;    /* how often a resize asked what the size is */
 	bool closing;
 
 	/* Writes are counted as they are acknowledged; see remote_request.c on flush. */

@@ -390,11 +390,26 @@ static void clear_up(struct remote_conn *conn)
 			list_entry(conn->requests.next, struct remote_request, link), -ENOTCONN);
 }
 
+/* A handshake that was under way when a resize asked may bring the size of before. */
+static suspends int connect_after_resize(struct remote_conn *conn, struct err *err)
+{
+	const struct remote *remote = conn->remote;
+
+	for (;;) {
+		conn->asked = remote->sizes_asked;
+		int ret = remote_conn_connect(conn, err);
+
+		if (ret || conn->asked == remote->sizes_asked)
+			return ret;
+		remote_conn_disconnect(conn);
+	}
+}
+
 static suspends int connect_again(struct remote_conn *conn, struct err *err)
 {
 	struct remote *remote = conn->remote;
 	struct remote_terms terms;
-	int ret = remote_conn_connect(conn, err);
+	int ret = connect_after_resize(conn, err);
 
 	if (ret)
 		return err_wrap(err, "no new connection");
@@ -414,11 +429,12 @@ static suspends int connect_again(struct remote_conn *conn, struct err *err)
 	return ret;
 }
 
+/* A resize does not wait for the end of it. */
 static suspends void pause_for(struct remote_conn *conn, uint64_t pause_ns)
 {
 	uint64_t deadline_ns = reactor_now_ns() + pause_ns;
 
-	while (!conn->remote->closing)
+	while (!conn->remote->closing && conn->asked == conn->remote->sizes_asked)
 		if (!co_queue_wait_until(&conn->changed, deadline_ns))
 			return;
 }
