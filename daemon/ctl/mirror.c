@@ -259,24 +259,13 @@ static enum ctl_exit run_verify(struct ctl *ctl, const char *export)
 	return status;
 }
 
-static enum ctl_exit call(struct ctl *ctl, const char *method, json_t *parameters)
-{
-	json_t *reply;
-	enum ctl_exit status = ctl_call(ctl, method, parameters, &reply);
-
-	if (!status && ctl->json)
-		show_json(reply);
-	json_decref(reply);
-	return status;
-}
-
 static enum ctl_exit run_start(struct ctl *ctl, const char *export)
 {
 	const struct ctl_mirror *options = &ctl->mirror;
 
 	if (!options->to)
 		return ctl_fail(CTL_USAGE, "mirror start: where to? Say --to 'LAYERS'");
-	return call(ctl, "MirrorStart",
+	return ctl_call_quietly(ctl, "MirrorStart",
 		json_pack("{s:s, s:s, s:b, s:b, s:I, s:s*}", "export", export, "to", options->to,
 			"overwrite", options->overwrite, "paused", options->paused, "rate",
 			(json_int_t)ctl->rate_bytes_s, "intent_log", options->intent_log));
@@ -300,7 +289,7 @@ static enum ctl_exit run_status(struct ctl *ctl, const char *export)
 
 static enum ctl_exit run_promote(struct ctl *ctl, const char *export)
 {
-	enum ctl_exit status = call(ctl, "MirrorPromote",
+	enum ctl_exit status = ctl_call_quietly(ctl, "MirrorPromote",
 		json_pack("{s:s, s:b, s:b}", "export", export, "force", ctl->force, "keep",
 			ctl->mirror.keep));
 
@@ -320,7 +309,7 @@ static enum ctl_exit run_rate(struct ctl *ctl, const char *export, const char *t
 		return ctl_fail(CTL_USAGE, "mirror rate: how many bytes per second?");
 	if (ctl_parse_size(text, &rate))
 		return CTL_USAGE;
-	return call(ctl, "MirrorRate",
+	return ctl_call_quietly(ctl, "MirrorRate",
 		json_pack("{s:s, s:I}", "export", export, "rate", (json_int_t)rate));
 }
 
@@ -349,9 +338,9 @@ enum ctl_exit ctl_mirror_run(struct ctl *ctl, const char **operands, int operand
 	for (size_t i = 0; i < ARRAY_LEN(actions); i++) {
 		if (strcmp(action, actions[i].name))
 			continue;
-		return actions[i].run
-			       ? actions[i].run(ctl, export)
-			       : call(ctl, actions[i].method, json_pack("{s:s}", "export", export));
+		return actions[i].run ? actions[i].run(ctl, export)
+				      : ctl_call_quietly(ctl, actions[i].method,
+						json_pack("{s:s}", "export", export));
 	}
 	return ctl_fail(CTL_USAGE,
 		"mirror: unknown action \"%s\" (start, status, wait, pause, resume, rate, promote, "
