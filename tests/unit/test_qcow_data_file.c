@@ -7,6 +7,8 @@
 #include <errno.h>
 
 #include "base/util.h"
+#include "blk/fault.h"
+#include "blk/qcow/qcow.h"
 #include "co_test.h"
 #include "qcow_images.h"
 #include "seed.h"
@@ -331,6 +333,39 @@ CO_TEST(test_resize)
 	free(load.content);
 }
 
+/* A data file that does not follow is named, and the disk stays as it is, until the file grows after all. */
+CO_TEST(test_data_file_that_cannot_grow)
+{
+	struct fault_rules rules = { .error = EIO, .every = 1 };
+	struct load load = { .content = calloc(1, DISK_SIZE) };
+	struct blk *top, *fault;
+	struct err err;
+
+	make_image(0);
+	test_stack_open(&load.stack,
+		"( { layer = 'qcow';"
+		"    data-file = ( { layer = 'fault' }, { layer = 'file'; path = 'data' } ) },"
+		"  { layer = 'file'; path = 'image.qcow2' } )");
+	top = load.stack.top;
+	fault = fault_find(qcow_of(top)->data);
+	rules.ops = FAULT_RESIZE;
+	fault_set(fault, &rules);
+	ck_assert_int_eq(blk_resize(top, 2 * DISK_SIZE, 0, &err), -EIO);
+	ck_assert_str_eq(err.text, "qcow: data-file: must grow before the disk: fault: injected: "
+				   "Input/output error");
+	rules.ops = FAULT_FLUSH;
+	fault_set(fault, &rules);
+	ck_assert_int_eq(blk_resize(top, 2 * DISK_SIZE, 0, &err), -EIO);
+	ck_assert_str_eq(err.text, "qcow: data-file: cannot be flushed: Input/output error");
+	ck_assert_uint_eq(blk_caps(top)->size, DISK_SIZE);
+	check_our_view(&load);
+	fault_set(fault, NULL);
+	resize_to(&load, 2 * DISK_SIZE);
+	test_stack_close(&load.stack);
+	image_check("image.qcow2", false);
+	free(load.content);
+}
+
 int main(void)
 {
 	Suite *suite = suite_create("qcow data file");
@@ -340,6 +375,7 @@ int main(void)
 	tcase_add_test(edges, test_zero_the_first_cluster);
 	tcase_add_test(edges, test_discard_gives_space_back);
 	tcase_add_test(edges, test_resize);
+	tcase_add_test(edges, test_data_file_that_cannot_grow);
 	suite_add_tcase(suite, edges);
 	tcase_set_timeout(load, TEST_TIMEOUT_S);
 	tcase_add_test(load, test_in_turn_with_qemu);

@@ -139,18 +139,22 @@ static suspends int hide_backing(struct qcow *q, uint64_t from, uint64_t to)
 }
 
 /* A data file is as long as the disk; what it has behind the disk's present end must not appear. */
-static suspends int grow_data_file(struct qcow *q, uint64_t size)
+static suspends int grow_data_file(struct qcow *q, uint64_t size, struct err *err)
 {
 	uint64_t old_size = q->header.size, have = blk_caps(q->data)->size;
 	int ret = 0;
 
-	if (!q->data_file)
-		return 0;
 	if (have > old_size)
 		ret = blk_discard(q->data, old_size, MIN(have, size) - old_size, 0);
-	if (!ret && have < size)
-		ret = blk_resize(q->data, size, 0, NULL);
-	return ret ? ret : blk_flush(q->data);
+	if (ret)
+		return err_sys(err, -ret,
+			"data-file: what it has behind the disk's end cannot be made zeroes");
+	if (have < size)
+		ret = blk_resize(q->data, size, 0, err);
+	if (ret)
+		return err_wrap(err, "data-file: must grow before the disk");
+	ret = blk_flush(q->data);
+	return ret ? err_sys(err, -ret, "data-file: cannot be flushed") : 0;
 }
 
 static suspends int grow(struct qcow *q, uint64_t size)
@@ -158,8 +162,6 @@ static suspends int grow(struct qcow *q, uint64_t size)
 	uint64_t entry_count = l1_entries_for(q, size), old_size = q->header.size;
 	int ret = qcow_commit(q);
 
-	if (!ret)
-		ret = grow_data_file(q, size);
 	if (!ret && entry_count > q->l1_capacity)
 		ret = move_l1(q, old_size, entry_count);
 	else if (!ret)
@@ -194,11 +196,25 @@ static suspends int shrink(struct qcow *q, uint64_t size)
 	return 0;
 }
 
+static suspends int resize(struct qcow *q, uint64_t size, struct err *err)
+{
+	bool grows = size > q->header.size;
+	int ret = qcow_begin_writing(q);
+
+	if (!ret && q->data_file && grows) {
+		ret = grow_data_file(q, size, err);
+		if (ret)
+			return ret;
+	}
+	if (!ret)
+		ret = grows ? grow(q, size) : shrink(q, size);
+	return ret ? err_sys(err, -ret, "cannot change the size of the disk") : 0;
+}
+
 suspends int qcow_resize(struct blk *blk, uint64_t size, unsigned flags, struct err *err)
 {
 	struct qcow *q = qcow_of(blk);
 	uint64_t entries = l1_entries_for(q, size);
-	int ret;
 
 	if (entries * 8 > QCOW_L1_LEN_MAX_BYTES)
 		return err_set(err, EFBIG, "%llu bytes need an L1 table beyond the format's limit",
@@ -210,9 +226,7 @@ suspends int qcow_resize(struct blk *blk, uint64_t size, unsigned flags, struct 
 		return err_set(err, ENOTSUP,
 			"the backing is longer than the disk, and version 2 cannot hide it");
 	co_mutex_lock(&q->moving);
-	ret = qcow_begin_writing(q);
-	if (!ret)
-		ret = size > q->header.size ? grow(q, size) : shrink(q, size);
+	int ret = resize(q, size, err);
 	co_mutex_unlock(&q->moving);
-	return ret ? err_sys(err, -ret, "cannot change the size of the disk") : 0;
+	return ret;
 }
