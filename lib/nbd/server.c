@@ -20,6 +20,7 @@ void nbd_server_init(struct nbd_server *server, const struct nbd_limits *limits)
 	*server = (struct nbd_server){ .limits = *limits };
 	list_init(&server->exports);
 	list_init(&server->handshakes);
+	list_init(&server->sessions);
 	co_group_init(&server->clients);
 }
 
@@ -108,6 +109,7 @@ suspends void nbd_server_close(struct nbd_server *server, uint64_t grace_ns)
 }
 
 struct serve_call {
+	struct list link; /* in server->sessions */
 	struct nbd_export *export;
 	struct nbd_session session;
 	struct nbd_limits limits; /* as they were when the client came */
@@ -176,7 +178,9 @@ suspends int nbd_client(struct nbd_server *server, int fd, const struct nbd_visi
 	int ret = handshake(server, visitor, &call.session, &export);
 	if (export) {
 		call.export = export;
+		list_push_back(&server->sessions, &call.link);
 		co_call_on(export->home, serve, &call);
+		list_remove(&call.link);
 		ret = call.ret;
 		nbd_export_leave(export);
 	}
@@ -227,14 +231,14 @@ static suspends void disconnect(void *arg)
 }
 
 /* The export is kept from going away by counting us among its clients. */
-static suspends bool disconnect_from(struct nbd_export *export, uint64_t id)
+static suspends int disconnect_from(struct nbd_export *export, uint64_t id)
 {
 	struct disconnect_call call = { .export = export, .id = id };
 
 	co_group_enter(&export->clients);
 	co_call_on(export->home, disconnect, &call);
 	co_group_leave(&export->clients);
-	return call.found;
+	return call.found ? 0 : -ENOENT; /* it left meanwhile */
 }
 
 suspends int nbd_disconnect(struct nbd_server *server, uint64_t id)
@@ -249,17 +253,11 @@ suspends int nbd_disconnect(struct nbd_server *server, uint64_t id)
 		stream_cancel(&handshake->stream);
 		return 0;
 	}
-	/* The list may change while an export is asked: the next one is looked up by how many were. */
-	for (unsigned asked = 0;; asked++) {
-		struct nbd_export *export = NULL;
-		unsigned index = 0;
+	list_for_each (link, &server->sessions) {
+		struct serve_call *session = list_entry(link, struct serve_call, link);
 
-		list_for_each (link, &server->exports)
-			if (index++ == asked)
-				export = list_entry(link, struct nbd_export, link);
-		if (!export)
-			return -ENOENT;
-		if (disconnect_from(export, id))
-			return 0;
+		if (session->session.id == id)
+			return disconnect_from(session->export, id);
 	}
+	return -ENOENT;
 }

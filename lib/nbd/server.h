@@ -219,6 +219,7 @@ struct nbd_server {
 	struct nbd_limits limits;
 	struct list exports;     /* of struct nbd_export; the first one is the default export */
 	struct list handshakes;  /* under way */
+	struct list sessions;    /* of clients that chose an export */
 	struct co_group clients; /* nbd_client() calls */
 	bool closing;            /* nbd_client() refuses with -ESHUTDOWN, options are refused */
 };

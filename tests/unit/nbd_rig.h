@@ -58,6 +58,7 @@ struct rig {
 	const char *upper_layers; /* of the first export */
 	struct rig_export exports[RIG_EXPORTS];
 	struct co_group clients;
+	uint64_t visitor_id;    /* of clients with a handshake */
 	struct nbd_trace trace; /* of all clients; its `line` must be set before it is on */
 	int last_ret;           /* of the client that left last */
 	unsigned fds_before;    /* when the server is gone, as many are open */
@@ -230,7 +231,9 @@ static suspends void rig_client_run(void *arg)
 	struct rig_client client = *(struct rig_client *)arg;
 	struct rig *rig = client.rig;
 
-	const struct nbd_visitor visitor = { .peer = "test", .trace = &rig->trace };
+	const struct nbd_visitor visitor = {
+		.peer = "test", .id = rig->visitor_id, .trace = &rig->trace
+	};
 
 	rig->last_ret = client.export ? nbd_serve(client.export, &client.session)
 				      : nbd_client(&rig->server, client.session.fd, &visitor);

@@ -485,6 +485,74 @@ START_TEST(test_withdraw_meets_arrivals)
 }
 END_TEST
 
+/* --- disconnecting ---------------------------------------------------------------------------- */
+
+#define CLIENT_ID 7
+
+struct hold {
+	struct task task;
+	sem_t let_go;
+};
+
+static void hold_thread(struct task *task)
+{
+	struct hold *hold = container_of(task, struct hold, task);
+
+	while (sem_wait(&hold->let_go))
+		;
+}
+
+static suspends void disconnect_client(void *arg)
+{
+	*(int *)arg = nbd_disconnect(&rig.server, CLIENT_ID);
+}
+
+/* The second export's thread is let go when the export is on its way out: nothing suspends in between. */
+static suspends void withdraw_and_let_go(void *arg)
+{
+	struct hold *hold = arg;
+
+	sem_post(&hold->let_go);
+	nbd_withdraw(&rig.exports[1].nbd, 0);
+}
+
+static suspends void disconnect_meanwhile(void *arg)
+{
+	struct co_group calls;
+	struct hold hold;
+
+	co_group_init(&calls);
+	task_init(&hold.task, hold_thread);
+	sem_init(&hold.let_go, 0, 0);
+	nbd_make_first(&rig.server, &rig.exports[1].nbd);
+	reactor_post(rig.second_reactor, &hold.task);
+	co_group_start(&calls, disconnect_client, arg);
+	co_group_start(&calls, withdraw_and_let_go, &hold);
+	co_group_wait(&calls);
+	sem_destroy(&hold.let_go);
+}
+
+/* A client is found whatever happens to exports that it does not use. */
+START_TEST(test_disconnect_while_another_export_goes)
+{
+	static const char choice[] = { "\0\0\0\2IHAVEOPT\0\0\0\1\0\0\0\5first" };
+	uint8_t greeting_and_answer[18 + 10];
+	int ret = -1;
+
+	rig.visitor_id = CLIENT_ID;
+	int fd = rig_connect(&rig);
+	rig_send(fd, choice, sizeof(choice) - 1);
+	rig_recv(fd, greeting_and_answer, sizeof(greeting_and_answer));
+	rig_expect_alive(fd);
+	rig_run(&rig, disconnect_meanwhile, &ret);
+	ck_assert_int_eq(ret, 0);
+	rig_expect_end(fd);
+	rig_all_left(&rig);
+	rig_run(&rig, disconnect_client, &ret);
+	ck_assert_int_eq(ret, -ENOENT);
+}
+END_TEST
+
 /* --- status ----------------------------------------------------------------------------------- */
 
 static suspends void status(void *arg)
@@ -536,6 +604,7 @@ static void fill(TCase *tcase)
 	tcase_add_test(tcase, test_withdraw_in_the_middle);
 	tcase_add_test(tcase, test_withdraw_cuts);
 	tcase_add_test(tcase, test_withdraw_meets_arrivals);
+	tcase_add_test(tcase, test_disconnect_while_another_export_goes);
 	tcase_add_test(tcase, test_status);
 }
 
