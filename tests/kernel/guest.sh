@@ -126,18 +126,30 @@ sleep 60
 GUEST
 }
 
+# Passes on, line by line as they come, those between the marks; what else a console carries is the kernel's own.
+guest_console() {
+	local line inside='' blank=''
+	while IFS= read -r line || [[ -n $line ]]; do
+		line=${line//$'\r'/} # lines end with CR LF there
+		if [[ $line = @uml-start@ ]]; then
+			inside=1
+		elif [[ $line = @uml-end@ ]]; then
+			inside=
+		elif [[ -z $inside || $line =~ ^\[\ *[0-9.]+\]\ (sysrq|reboot): ]]; then
+			printf '%s\n' "$line" >&3
+		elif [[ -z $line ]]; then
+			blank+=$'\n'
+		else
+			printf '%s%s\n' "$blank" "$line"
+			blank=
+		fi
+	done 3>"$work/boot"
+}
+
 guest_run() {
 	local guest=0 status why log name logs=()
 	ulimit -c 0
-		# The console ends lines with CR LF. What it carries outside of the marks is the kernel's own.
-	timeout -k 5 -s TERM "$timeout_s" "$@" </dev/null 2>"$work/stderr" |
-		stdbuf -oL tr -d '\r' |
-		awk -v boot="$work/boot" '
-			$0 == "@uml-start@" { inside = 1; next }
-			$0 == "@uml-end@" { inside = 0; next }
-			!inside || /^\[ *[0-9.]+\] (sysrq|reboot):/ { print >boot; next }
-			$0 == "" { blank++; next }
-			{ for (; blank; blank--) print ""; print; fflush() }' || guest=${PIPESTATUS[0]}
+	timeout -k 5 -s TERM "$timeout_s" "$@" </dev/null 2>"$work/stderr" | guest_console || guest=${PIPESTATUS[0]}
 
 	name=$(basename "$guest_script")
 	if [[ -s $work/status ]]; then
