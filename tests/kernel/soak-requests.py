@@ -3,7 +3,7 @@
 
     soak-requests.py FILE DONE
 
-Counts them in the file `requests`, and leaves in `longest` how long the longest took in each phase that the
+Counts them in the file `requests`, and tells in `longest` how long the longest took so far in each phase that the
 file `phase` told of. A request that began in one phase and ended in another counts for the one it ended in.
 """
 import mmap
@@ -25,12 +25,21 @@ def phase():
         return file.read().strip()
 
 
+def tell(name, *lines):
+    """Readers find the file whole."""
+    with open(f"{name}.new", "w") as file:
+        print(*lines, sep="\n", file=file)
+    os.rename(f"{name}.new", name)
+
+
 def timed(call, *args):
     began, first = time.monotonic(), phase()
     assert call(fd, *args) == BLOCK
     took, last = time.monotonic() - began, phase()
     name = "keeper" if "keeper" in (first, last) else last or first
-    longest[name] = max(longest.get(name, 0), took)
+    if took > longest.get(name, 0):
+        longest[name] = took
+        tell("longest", *(f"longest request, {name} killed: {took * 1000:.0f} ms" for name, took in longest.items()))
 
 
 def content(number):
@@ -45,11 +54,5 @@ while not os.path.exists(done):
     timed(lambda fd, at: os.preadv(fd, [buffer], at), old % BLOCKS * BLOCK)
     assert buffer[:] == content(old), f"block of request {old} differs"
     number += 1
-    with open("requests.new", "w") as file:
-        print(number, file=file)
-    os.rename("requests.new", "requests")
+    tell("requests", number)
     time.sleep(0.01)
-
-with open("longest", "w") as file:
-    for name, took in longest.items():
-        print(f"longest request, {name} killed: {took * 1000:.0f} ms", file=file)
