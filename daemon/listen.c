@@ -305,7 +305,7 @@ static bool is_kept(int fd)
 	return kept;
 }
 
-/* A predecessor made it, so it is ours to remove. */
+/* A predecessor made it. Should we fail to start, the next one is to be found there. */
 static void take_over_file(struct listener *listener, const char *path)
 {
 	struct stat st;
@@ -316,6 +316,7 @@ static void take_over_file(struct listener *listener, const char *path)
 	listener->path = strdup(path);
 	listener->path_dev = st.st_dev;
 	listener->path_ino = st.st_ino;
+	listener->waits = true;
 }
 
 static int open_unix(struct listener *listener, const struct sockaddr_un *un,
@@ -525,16 +526,18 @@ int listener_start(struct listener *listener, void (*accepted)(struct listener *
 	timer_init(&listener->retry, listener_retry);
 	int ret = watch_add(&listener->watch, listener->fd, EPOLLIN, listener_readable);
 	listener->watching = !ret;
+	if (!ret)
+		listener->waits = false;
 	return ret;
 }
 
-/* Whether there is a socket file, made by us, and nobody put another one there. */
+/* Whether there is a socket file that we made or serve, and nobody put another one there. */
 static bool is_ours(const struct listener *listener)
 {
 	struct stat st;
 
-	return listener->path && !lstat(listener->path, &st) && st.st_dev == listener->path_dev &&
-	       st.st_ino == listener->path_ino;
+	return listener->path && !listener->waits && !lstat(listener->path, &st) &&
+	       st.st_dev == listener->path_dev && st.st_ino == listener->path_ino;
 }
 
 int listener_set_access(

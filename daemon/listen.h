@@ -36,6 +36,7 @@ struct listener {
 	dev_t path_dev;             /* and which file that was */
 	ino_t path_ino;
 	bool passed; /* by the service manager: it has it for ever */
+	bool waits;  /* a predecessor's: its file is ours once it is served, and stays until then */
 	struct watch watch;
 	bool watching;
 	struct timer retry;
