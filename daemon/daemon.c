@@ -377,6 +377,11 @@ static suspends void serve(void *arg)
 	co_mutex_lock(&daemon->change);
 	run->ret = start(daemon, run->err);
 	co_mutex_unlock(&daemon->change);
+	if (run->ret && daemon_recovers(daemon)) {
+		/* As if it had been killed: what the keeper holds is not ours to give back. */
+		log_error("%s", run->err->text);
+		_exit(EXIT_FAILURE);
+	}
 	daemon->env.start_failed = run->ret != 0;
 	while (!run->ret && !daemon->stopping)
 		co_queue_wait(&daemon->stop_wanted);

@@ -294,6 +294,16 @@ static void server_ready(struct life *life)
 		stop_server(life);
 }
 
+static void server_ends(struct life *life, uint32_t word)
+{
+	/* Nobody asked one that takes over and is not ready: it has failed to start. */
+	if (life->phase == STARTING && life->restarts)
+		return;
+	life->phase = word == KEEPER_PARKED ? PARKED : STOPPING;
+	if (life->phase == STOPPING)
+		sd_notify(0, "STOPPING=1\nSTATUS=Finishing requests in flight");
+}
+
 static void hello(struct life *life, const struct keeper_message *request)
 {
 	struct keeper_message answer = {
@@ -429,12 +439,8 @@ static void handle(struct life *life, const struct keeper_message *said, struct 
 		life->alive_ns = now_ns();
 		return;
 	case KEEPER_STOPPING:
-		life->phase = STOPPING;
-		sd_notify(0, "STOPPING=1\nSTATUS=Finishing requests in flight");
-		return;
 	case KEEPER_PARKED:
-		life->phase = PARKED;
-		return;
+		return server_ends(life, said->word);
 	}
 }
 

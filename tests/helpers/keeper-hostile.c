@@ -262,6 +262,20 @@ static void another_version(void)
 		message.ret == -EPROTO);
 }
 
+/* As a server does that fails to start: it takes down what it has. That is not the end of the service. */
+static void another_version_stops(void)
+{
+	another_version();
+	send_raw(&(struct keeper_message){ .word = KEEPER_STOPPING }, sizeof(struct keeper_message),
+		NULL, 0);
+}
+
+static void parks_at_once(void)
+{
+	send_raw(&(struct keeper_message){ .word = KEEPER_PARKED }, sizeof(struct keeper_message),
+		NULL, 0);
+}
+
 /* --- what it does in between ------------------------------------------------------------------- */
 
 /* Nobody is there to take the answer. */
@@ -345,6 +359,8 @@ static const struct {
 	{ "many_listeners", many_listeners },
 	{ "many_notes", many_notes },
 	{ "another_version", another_version },
+	{ "another_version_stops", another_version_stops },
+	{ "parks_at_once", parks_at_once },
 	{ "dies_in_a_claim", dies_in_a_claim },
 	{ "floods", floods },
 	{ "random", random_requests },
