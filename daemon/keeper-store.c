@@ -41,6 +41,7 @@
 struct facts {
 	uint32_t magic, version; /* KEEPER_VERSION, of the message; another one is not read */
 	uint32_t size_bytes;     /* of all this */
+	uint32_t has_journal;
 	char name[KERNEL_NAME_LEN];
 	struct keeper_message message;
 };
@@ -84,6 +85,7 @@ static int write_facts(const struct held *held)
 		.magic = FACTS_MAGIC,
 		.version = KEEPER_VERSION,
 		.size_bytes = sizeof(facts),
+		.has_journal = held->journal >= 0,
 		.message = held->facts,
 	};
 
@@ -109,11 +111,13 @@ void store_put_device(struct held *held)
 		put_part(held, held->ends.driver[i], "driver", (int)i);
 	}
 	if (held->journal >= 0)
-		store_put_journal(held);
+		put_part(held, held->journal, "journal", -1);
 }
 
 void store_put_journal(const struct held *held)
 {
+	store_note_device(
+		held); /* before: without the one that it speaks of the set is not whole */
 	if (held->stored >= 0)
 		put_part(held, held->journal, "journal", -1);
 }
@@ -357,6 +361,8 @@ static void take_over(struct keeper *keeper, struct found *found)
 
 	if (!read_facts(found, &facts))
 		err_set(&err, EINVAL, "another version left it, or it is not whole");
+	else if (facts.has_journal && found->journal < 0)
+		err_set(&err, ENOTCONN, "its journal is not there");
 	else if (!take_ends(found, facts.message.connections, &ends))
 		err_set(&err, ENOTCONN, "a connection of it has ended");
 	else
