@@ -11,6 +11,7 @@
 
 #include "base/log.h"
 #include "base/util.h"
+#include "blk/mirror/mirror.h"
 #include "blk/qcow/compact.h"
 #include "blk/qcow/live.h"
 #include "daemon/control_private.h"
@@ -246,12 +247,26 @@ suspends void control_snapshots(struct varlink_call *call)
 	control_put_export(export);
 }
 
+/* A mirror above it would not hear that everything is different now, and would go on calling its legs equal. */
+static int check_no_mirror(const struct work *work, struct blk *layer, struct err *err)
+{
+	struct blk *mirror = mirror_find(work->export->top);
+
+	if (work->change != QCOW_SNAPSHOT_APPLY || mirror == mirror_find(layer))
+		return 0;
+	return err_set(err, EBUSY,
+		"it is mirrored, and the copy would not become what the snapshot is: end the "
+		"mirror first (mirror cancel), and start it anew afterwards");
+}
+
 static suspends void change_at_home(void *arg)
 {
 	struct work *work = arg;
 	struct blk *layer = qcow_layer(work);
 
 	if (layer)
+		work->ret = check_no_mirror(work, layer, &work->err);
+	if (layer && !work->ret)
 		work->ret = qcow_live_snapshot(layer, work->change, work->name, &work->err);
 }
 
