@@ -38,7 +38,7 @@ struct blk_ops;
 enum blk_flags {
 	BLK_FUA = 1 << 0,       /* write, zero, discard: durable at return */
 	BLK_NO_HOLE = 1 << 1,   /* zero: keep the space allocated */
-	BLK_FAST_ZERO = 1 << 2, /* zero: -EOPNOTSUPP rather than writing zeroes as data */
+	BLK_FAST_ZERO = 1 << 2, /* zero: -EOPNOTSUPP and no change rather than writing data */
 	BLK_FORCE = 1 << 3,     /* resize: allow to shrink */
 };
 

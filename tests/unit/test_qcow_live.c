@@ -66,6 +66,11 @@ static suspends unsigned count_snapshots(struct blk *disk)
 	test_stack_open((stack), "( { layer = 'qcow' }, { layer = 'file'; path = 'image.qcow2' } " \
 				 ")")
 
+/* The layer has more options: its backing. */
+#define open_image_over(stack, backing) \
+	test_stack_open((stack),        \
+		"( { layer = 'qcow'; %s }, { layer = 'file'; path = 'image.qcow2' } )", (backing))
+
 /* --- snapshots -------------------------------------------------------------------------------- */
 
 static suspends void life_of_snapshots(const char *options)
@@ -173,6 +178,59 @@ CO_TEST(test_grow_new_image)
 	ck_assert_uint_eq(blk_caps(stack.top)->size, 4096 * MIB);
 	expect(stack.top, 4000 * MIB, MIB, 1);
 	test_stack_close(&stack);
+}
+
+/* QEMU does not clear the rest of the last cluster when it makes an image smaller. */
+static suspends void grow_after_qemu(const char *options, const char *backing)
+{
+	const uint64_t cut_size = MIB - 24 * 1024 - 512;
+	struct test_stack stack;
+	struct err err;
+
+	image_must("qemu-img create -q -f qcow2 %s image.qcow2 1M", options);
+	open_image_over(&stack, backing);
+	fill(stack.top, 0, MIB, 1);
+	test_stack_close(&stack);
+	image_must("qemu-img resize -q --shrink image.qcow2 %llu", (unsigned long long)cut_size);
+	open_image_over(&stack, backing);
+	ck_assert_msg(!blk_resize(stack.top, cut_size + 512, 0, &err), "%s", err.text);
+	ck_assert_msg(!blk_resize(stack.top, 2 * MIB, 0, &err), "%s", err.text);
+	expect(stack.top, 0, cut_size, 1);
+	expect(stack.top, cut_size, 2 * MIB - cut_size, 0);
+	test_stack_close(&stack);
+	image_check("image.qcow2", false);
+}
+
+CO_TEST(test_what_is_added_is_zero)
+{
+	grow_after_qemu("", "");
+	grow_after_qemu("-o extended_l2=on", "");
+	grow_after_qemu("-o compat=0.10", "");
+	image_must("qemu-img create -q -f raw base.img 512K");
+	grow_after_qemu("-o compat=0.10,backing_file=base.img,backing_fmt=raw",
+		"backing = ( { layer = 'file'; path = 'base.img' } )");
+}
+
+/* Whoever is told that it is not fast may leave it at that, and relies on nothing having changed. */
+CO_TEST(test_fast_zero_or_nothing)
+{
+	const unsigned flags = BLK_FAST_ZERO | BLK_NO_HOLE;
+	struct test_stack stack;
+
+	image_must("qemu-img create -q -f qcow2 image.qcow2 1M");
+	open_image(&stack);
+	fill(stack.top, 0, MIB / 2, 1);
+	ck_assert_int_eq(blk_zero(stack.top, 0, MIB, flags), -EOPNOTSUPP);
+	ck_assert_int_eq(blk_zero(stack.top, 100, MIB - 100, flags), -EOPNOTSUPP);
+	expect(stack.top, 0, MIB / 2, 1);
+	ck_assert_int_eq(blk_zero(stack.top, 0, MIB, BLK_NO_HOLE), 0);
+	expect(stack.top, 0, MIB, 0);
+	fill(stack.top, 0, MIB / 2, 1);
+	ck_assert_int_eq(blk_zero(stack.top, 100, MIB - 100, BLK_FAST_ZERO), 0);
+	expect(stack.top, 0, 100, 1);
+	expect(stack.top, 100, MIB - 100, 0);
+	test_stack_close(&stack);
+	image_check("image.qcow2", false);
 }
 
 CO_TEST(test_refusals)
@@ -338,6 +396,8 @@ int main(void)
 	tcase_add_test(tcase, test_narrow_counts);
 	tcase_add_test(tcase, test_other_size);
 	tcase_add_test(tcase, test_grow_new_image);
+	tcase_add_test(tcase, test_what_is_added_is_zero);
+	tcase_add_test(tcase, test_fast_zero_or_nothing);
 	tcase_add_test(tcase, test_refusals);
 	tcase_add_test(tcase, test_failing_storage);
 	tcase_add_test(tcase, test_compaction_meets_others);

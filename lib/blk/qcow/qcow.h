@@ -362,6 +362,8 @@ suspends int qcow_zero(struct blk *blk, uint64_t off, uint64_t len, unsigned fla
 suspends int qcow_discard(struct blk *blk, uint64_t off, uint64_t len, unsigned flags);
 /* Gives back what the range has; where there is a backing, that may show. Writing has begun. */
 suspends int qcow_unmap(struct qcow *q, uint64_t off, uint64_t len);
+/* As data, where it does not read so already. May reach to the end of the disk's last cluster. Writing has begun. */
+suspends int qcow_write_zeroes(struct qcow *q, uint64_t off, uint64_t end);
 
 /* --- compressed.c ----------------------------------------------------------------------------- */
 

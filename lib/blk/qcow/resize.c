@@ -2,8 +2,9 @@
  * Resize of a qcow2 disk. Called drained: no request is under way; a compaction waits.
  *
  * Growing: an L1 table with room gets more entries; one without moves to new clusters. Size and L1
- * table change with one store of the header, after the new table is durable. Where a backing is longer
- * than the old disk, the new part is zeroed first: what lay hidden there must not appear.
+ * table change with one store of the header, after the new table is durable. What lay hidden behind the old end
+ * is zeroed first, so that it does not appear: the rest of a longer backing, and what others that shrank
+ * the image, such as qemu-img, left in its last cluster.
  *
  * Shrinking: what lies beyond is discarded, and that is made durable, before the size changes. So it reads
  * as zeroes if the disk grows again, and a crash in between only loses what was to be lost.
@@ -127,14 +128,14 @@ static suspends int extend_l1(struct qcow *q, uint64_t size, uint64_t entry_coun
 			     q, size, q->header.l1_off, (uint32_t)MAX(entry_count, old_count));
 }
 
-/* Makes what a longer backing has in [from, to) invisible, durably. */
-static suspends int hide_backing(struct qcow *q, uint64_t from, uint64_t to)
+/* Makes [from, to) read as zeroes, durably, whatever lay hidden there. */
+static suspends int hide_old_content(struct qcow *q, uint64_t from, uint64_t to)
 {
 	uint64_t backing_size = q->backing ? blk_caps(q->backing)->size : 0;
+	int ret = qcow_write_zeroes(q, from, MIN(to, round_up(from, q->cluster_size)));
 
-	if (backing_size <= from)
-		return 0;
-	int ret = qcow_zero(&q->blk, from, MIN(to, backing_size) - from, 0);
+	if (!ret && backing_size > from)
+		ret = qcow_zero(&q->blk, from, MIN(to, backing_size) - from, 0);
 	return ret ? ret : qcow_commit(q);
 }
 
@@ -167,7 +168,7 @@ static suspends int grow(struct qcow *q, uint64_t size)
 	else if (!ret)
 		ret = extend_l1(q, old_size, entry_count);
 	if (!ret)
-		ret = hide_backing(q, old_size, size);
+		ret = hide_old_content(q, old_size, size);
 	if (!ret)
 		ret = store_geometry(q, size, q->header.l1_off, q->header.l1_entry_count);
 	if (!ret)

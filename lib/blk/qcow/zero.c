@@ -127,8 +127,13 @@ static bool is_zero_already(const struct qcow *q, const struct run *run, bool ke
 	return (run->kind == RUN_HOLE && !q->backing) || (run->kind == RUN_ZERO && !run->has_host);
 }
 
-/* Zeroes as data. */
-static suspends int write_zeroes(struct qcow *q, uint64_t off, uint64_t end)
+/* A hole there shows nothing of a backing. */
+static bool hole_is_zero(const struct qcow *q, uint64_t off)
+{
+	return !q->backing || off >= blk_caps(q->backing)->size;
+}
+
+suspends int qcow_write_zeroes(struct qcow *q, uint64_t off, uint64_t end)
 {
 	for (uint64_t step; off < end; off += step) {
 		struct run run;
@@ -137,7 +142,7 @@ static suspends int write_zeroes(struct qcow *q, uint64_t off, uint64_t end)
 		if (ret)
 			return ret;
 		step = MIN(run.len, sizeof(zeroes));
-		if (run.kind == RUN_ZERO || (run.kind == RUN_HOLE && !q->backing)) {
+		if (run.kind == RUN_ZERO || (run.kind == RUN_HOLE && hole_is_zero(q, off))) {
 			step = run.len;
 			continue;
 		}
@@ -191,7 +196,7 @@ static suspends int zero_mapped(
 			if (keep)
 				return -EOPNOTSUPP; /* blk.c writes zeroes, which allocates */
 			uint64_t cluster_end = qcow_cluster_start(q, off) + q->cluster_size;
-			ret = write_zeroes(q, off, MIN(part_end, cluster_end));
+			ret = qcow_write_zeroes(q, off, MIN(part_end, cluster_end));
 			if (ret)
 				return ret;
 			off = MIN(part_end, cluster_end);
@@ -211,12 +216,12 @@ static suspends int zero_range(
 	int ret;
 
 	if (first >= last)
-		return fast ? -EOPNOTSUPP : write_zeroes(q, off, end);
-	ret = write_zeroes(q, off, MIN(first, end));
+		return fast ? -EOPNOTSUPP : qcow_write_zeroes(q, off, end);
+	ret = qcow_write_zeroes(q, off, MIN(first, end));
 	if (!ret)
 		ret = zero_mapped(q, first, last, z, keep);
 	if (!ret && last < end)
-		ret = write_zeroes(q, last, end);
+		ret = qcow_write_zeroes(q, last, end);
 	return ret;
 }
 
@@ -243,6 +248,9 @@ static suspends int zero_or_discard(
 		return unmap ? blk_discard(q->data, off, len, flags)
 			     : blk_zero(q->data, off, len, flags);
 	if (q->header.version == 2 && (z.zero_flag || !z.unmap))
+		return -EOPNOTSUPP;
+	/* A cluster without space would come to light when those before it are zeroed. */
+	if (keep && flags & BLK_FAST_ZERO)
 		return -EOPNOTSUPP;
 	unsigned pin = qcow_pin(q);
 	ret = zero_range(q, off, len, &z, keep, flags & BLK_FAST_ZERO);
