@@ -481,6 +481,7 @@ static suspends void case_another_size(void)
 	far_start(&far, NBDKIT "file image");
 	struct blk *blk = far_disk("connections=3 reconnect=1 reconnect-delay=1");
 	resize_fails(blk, 2 * SIZE_BYTES, "has 1048576 bytes on its server, not 2097152");
+	ck_assert_int_eq(status_number(blk, "reconnects"), 0);
 	ck_assert_int_eq(blk_write(blk, 7, "x", 1, 0), 0);
 	ck_assert_int_eq(truncate("image", 2 * SIZE_BYTES), 0);
 	ck_assert_int_eq(blk_resize(blk, 2 * SIZE_BYTES, 0, &err), 0);
@@ -493,8 +494,9 @@ static suspends void case_another_size(void)
 	ck_assert_int_eq(blk_flush(blk), 0); /* nothing is in doubt */
 
 	ck_assert_int_eq(truncate("image", 3 * SIZE_BYTES), 0);
-	resize_fails(blk, 4 * SIZE_BYTES, "is back with a disk of 3145728 bytes, it had 2097152");
-	ck_assert_int_eq(blk_read(blk, 7, &byte, 1), -EIO);
+	/* A size that nobody has costs nothing: no new connection could be made with the old one. */
+	resize_fails(blk, 4 * SIZE_BYTES, "has 3145728 bytes on its server, not 4194304");
+	ck_assert_int_eq(blk_read(blk, 7, &byte, 1), 0);
 	ck_assert_int_eq(blk_resize(blk, 3 * SIZE_BYTES, 0, &err), 0);
 	ck_assert_int_eq(blk_read(blk, 2 * SIZE_BYTES - 1, &byte, 1), 0);
 	ck_assert_int_eq(byte, 'y');
@@ -511,6 +513,39 @@ static suspends void case_another_size(void)
 	far_kill(&far);
 	resize_fails(blk, 2 * SIZE_BYTES, "no new connection: ");
 	stack_close(blk);
+}
+
+/* A resize must neither fail for what may be lost, nor keep it from whoever flushes next. */
+static suspends void case_another_size_and_a_loss(void)
+{
+	char byte = 0;
+	struct far far;
+	struct err err;
+
+	make_file("image", SIZE_BYTES);
+	far_start(&far, NBDKIT "file image");
+	struct blk *blk = far_disk("reconnect-delay=1");
+	ck_assert_int_eq(blk_write(blk, 7, "x", 1, 0), 0);
+	restart(&far, NBDKIT "file image");
+	ck_assert_int_eq(blk_write(blk, 8, "y", 1, 0), 0);
+	ck_assert_int_eq(truncate("image", 2 * SIZE_BYTES), 0);
+	ck_assert_msg(!blk_resize(blk, 2 * SIZE_BYTES, 0, &err), "%s", err.text);
+	ck_assert_int_eq(blk_flush(blk), -EIO);
+	ck_assert_int_eq(blk_flush(blk), 0);
+
+	ck_assert_int_eq(blk_write(blk, 9, "z", 1, 0), 0);
+	far_kill(&far);
+	ck_assert_int_eq(truncate("image", 3 * SIZE_BYTES), 0);
+	far_start(&far, NBDKIT "file image");
+	expect_refused(blk,
+		"the server is back with a disk of 3145728 bytes, it had 2097152: it is refused");
+	ck_assert_msg(!blk_resize(blk, 3 * SIZE_BYTES, 0, &err), "%s", err.text);
+	ck_assert_int_eq(blk_read(blk, 9, &byte, 1), 0);
+	ck_assert_int_eq(byte, 'z');
+	ck_assert_int_eq(blk_flush(blk), -EIO);
+	ck_assert_int_eq(blk_flush(blk), 0);
+	stack_close(blk);
+	far_kill(&far);
 }
 
 /* --- errors of the server --------------------------------------------------------------------- */
@@ -572,6 +607,7 @@ static const struct unit_case cases[] = {
 	CASE(case_server_freezes),
 	CASE(case_another_disk_is_refused),
 	CASE(case_another_size),
+	CASE(case_another_size_and_a_loss),
 	CASE(case_errors_pass),
 	CASE(case_server_shutting_down),
 };

@@ -9,7 +9,8 @@
  *
  * A server that is there again must be the same disk: the same size, still writable, with blocks and
  * abilities no worse. Otherwise it is refused with the reason, requests fail at once, and the keeper
- * looks again later: perhaps somebody puts that right. Another size is taken over when a resize asks for it.
+ * looks again later: perhaps somebody puts that right. Another size is taken over when a resize asks for it;
+ * a resize to a size that the server does not have changes nothing, where it takes a connection more.
  *
  * Failure: a request fails with -EIO when no server is there for `reconnect` seconds, with what the server
  * says otherwise. The layer itself never fails for good.
@@ -247,11 +248,11 @@ static suspends void remote_close(struct blk *blk)
 
 /* --- another size ----------------------------------------------------------------------------- */
 
-/* A server tells its size in the handshake alone. What is not flushed would be doubtful after it. */
+/* A server tells its size in the handshake alone. */
 static suspends int ask_size(struct remote *remote, uint64_t wanted, struct err *err)
 {
 	bool up;
-	int ret = remote->acked != remote->flushed ? remote_flush(&remote->blk) : 0;
+	int ret = remote->ready_count ? remote_flush_known(remote) : 0;
 
 	if (ret)
 		return err_sys(err, -ret, "it cannot be flushed");
@@ -268,22 +269,53 @@ static suspends int ask_size(struct remote *remote, uint64_t wanted, struct err 
 	return up ? 0 : err_set(err, EIO, "%s", remote->trouble.text);
 }
 
+static int check_size(const struct remote *remote, uint64_t there, uint64_t wanted, struct err *err)
+{
+	if (there == wanted)
+		return 0;
+	return err_set(err, EINVAL,
+		"\"%s\" has %llu bytes on its server, not %llu: resize it there first, "
+		"then here to exactly its size",
+		remote->uri, (unsigned long long)there, (unsigned long long)wanted);
+}
+
+/*
+ * By one more connection, so that a wrong size does not cost those that work: they may be of a size that the
+ * server has no longer. No answer is no obstacle.
+ */
+static suspends int look_first(struct remote *remote, uint64_t wanted, struct err *err)
+{
+	struct remote_terms terms;
+	struct remote_conn extra = {};
+	struct err unwanted;
+	int ret = 0;
+
+	if (!remote->ready_count || !remote->terms.multi_conn)
+		return 0;
+	remote_conn_init(&extra, remote);
+	if (remote_conn_connect(&extra, &unwanted))
+		return 0;
+	if (!remote_read_terms(extra.handle, &terms, &unwanted))
+		ret = check_size(remote, terms.size, wanted, err);
+	remote_conn_disconnect(&extra);
+	return ret;
+}
+
 /* The protocol has no request for it: the server must have done it. */
 static suspends int remote_resize(struct blk *blk, uint64_t size, unsigned flags, struct err *err)
 {
 	struct remote *remote = to_remote(blk);
-	int ret = ask_size(remote, size, err);
+	int ret = look_first(remote, size, err);
 
 	if (ret)
+		return ret;
+	ret = ask_size(remote, size, err);
+	if (ret)
 		return err_wrap(err, "\"%s\"", remote->uri);
-	if (remote->terms.size != size)
-		return err_set(err, EINVAL,
-			"\"%s\" has %llu bytes on its server, not %llu: resize it there first, "
-			"then here to exactly its size",
-			remote->uri, (unsigned long long)remote->terms.size,
-			(unsigned long long)size);
-	blk_size_changed(blk, size);
-	return 0;
+	ret = check_size(remote, remote->terms.size, size, err);
+	if (!ret)
+		blk_size_changed(blk, size);
+	return ret;
 }
 
 /* --- status ----------------------------------------------------------------------------------- */

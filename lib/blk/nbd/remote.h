@@ -140,6 +140,9 @@ suspends bool remote_wait_for_connection(struct remote *remote, uint64_t give_up
 /* The server has answered, or will never. */
 void remote_request_end(struct remote_request *request, int result);
 
+/* A flush of what can be, for ourselves: what is in doubt stays so, for the next flush of others to tell. */
+suspends int remote_flush_known(struct remote *remote);
+
 suspends int remote_read(struct blk *blk, uint64_t off, void *buf, size_t len);
 suspends int remote_write(
 	struct blk *blk, uint64_t off, const void *buf, size_t len, unsigned flags);

@@ -274,6 +274,19 @@ static suspends int flush_oldest(struct remote *remote, bool *good)
 	}
 }
 
+suspends int remote_flush_known(struct remote *remote)
+{
+	uint64_t flushed = remote->flushed;
+	bool good = true;
+	int ret = 0;
+
+	if (remote->terms.flush && remote->acked != flushed)
+		ret = flush_oldest(remote, &good);
+	if (!good)
+		remote->flushed = flushed;
+	return outcome(ret);
+}
+
 suspends int remote_flush(struct blk *blk)
 {
 	struct remote *remote = to_remote(blk);
