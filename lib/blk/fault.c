@@ -33,7 +33,7 @@ struct fault {
 	const char *log;
 
 	struct fault_rules rules;
-	struct co_queue never; /* nobody is woken here */
+	struct co_queue hanging; /* operations, until fault_release() */
 	uint64_t counted, failed;
 	uint64_t random; /* state of the generator */
 	int log_fd;      /* -1: no log */
@@ -159,7 +159,7 @@ static suspends void delay(struct fault *fault, enum fault_op op)
 	uint64_t us = rules->delay_us;
 
 	if (rules->hang_ops & op)
-		co_queue_wait(&fault->never);
+		co_queue_wait(&fault->hanging);
 	if (!(rules->delay_ops & op))
 		return;
 	if (rules->delay_random_us)
@@ -181,6 +181,11 @@ void fault_set(struct blk *blk, const struct fault_rules *rules)
 
 	fault->rules = rules ? *rules : (struct fault_rules){ 0 };
 	fault->counted = fault->failed = 0;
+}
+
+void fault_release(struct blk *blk)
+{
+	co_queue_wake_all(&to_fault(blk)->hanging);
 }
 
 uint64_t fault_counted(const struct blk *blk)
@@ -235,7 +240,7 @@ static suspends int fault_open(struct blk *blk, struct err *err)
 {
 	struct fault *fault = to_fault(blk);
 
-	co_queue_init(&fault->never);
+	co_queue_init(&fault->hanging);
 	fault->log_fd = -1;
 	fault->random = (uint64_t)fault->seed * UINT64_C(0x9e3779b97f4a7c15) + 1;
 	if (fault->log) {

@@ -35,7 +35,7 @@ struct fault_rules {
 	bool torn; /* a failing write lets a random prefix through, in units of FAULT_SECTOR */
 	unsigned delay_ops;                 /* these are delayed before they go on */
 	uint64_t delay_us, delay_random_us; /* fixed, and up to so much more at random */
-	unsigned hang_ops;                  /* these never end */
+	unsigned hang_ops;                  /* these wait for fault_release() */
 };
 
 #define FAULT_SECTOR 512 /* or the block size, if that is larger */
@@ -44,6 +44,8 @@ struct fault_rules {
 struct blk *fault_find(struct blk *blk);
 /* Replaces the rules of a fault layer; countdown and every start anew. NULL: nothing goes wrong any more. */
 void fault_set(struct blk *fault, const struct fault_rules *rules);
+/* What hangs goes on. What comes later hangs as the rules say. */
+void fault_release(struct blk *fault);
 /* How many operations counted since fault_set(), and how many of them failed. */
 uint64_t fault_counted(const struct blk *fault);
 uint64_t fault_failed(const struct blk *fault);

@@ -178,6 +178,31 @@ suspends CO_TEST(test_delay)
 	test_stack_close(&stack);
 }
 
+/* Until it is released, whatever the rules are by then. */
+suspends CO_TEST(test_hang)
+{
+	struct test_stack stack;
+	struct fault_rules hang = { .hang_ops = FAULT_WRITE };
+	int turn = 0;
+	struct timed_write hanging = { .turn = &turn }, quick = { .turn = &turn };
+	struct co_group group;
+
+	test_stack_open(&stack, SIMPLE);
+	hanging.top = quick.top = stack.top;
+	co_group_init(&group);
+	fault_set(stack.top, &hang);
+	co_group_start(&group, timed_write_main, &hanging);
+	fault_set(stack.top, NULL);
+	co_group_start(&group, timed_write_main, &quick);
+	co_sleep_ns(NS_PER_MS);
+	ck_assert_int_eq(quick.finished, 1);
+	ck_assert_int_eq(hanging.finished, 0);
+	fault_release(stack.top);
+	co_group_wait(&group);
+	ck_assert_int_eq(hanging.finished, 2);
+	test_stack_close(&stack);
+}
+
 /* A zero that answers ENOTSUP is emulated above the layer. */
 suspends CO_TEST(test_unsupported_zero)
 {
@@ -365,6 +390,7 @@ int main(void)
 	tcase_add_test(tcase, test_random_repeats);
 	tcase_add_test(tcase, test_torn_writes);
 	tcase_add_test(tcase, test_delay);
+	tcase_add_test(tcase, test_hang);
 	tcase_add_test(tcase, test_unsupported_zero);
 	tcase_add_test(tcase, test_log_format);
 	tcase_add_test(tcase, test_log_replays);

@@ -9,7 +9,7 @@
 #define WRITERS 4
 
 #define STACK                                                                              \
-	"( { layer = 'mirror'; overwrite = true; timeout = 1; chunk = 4096; %s"            \
+	"( { layer = 'mirror'; overwrite = true; chunk = 4096; %s"                         \
 	"    secondary = ( { layer = 'fault' }, { layer = 'memory'; size = 4194816 } ) }," \
 	"  { layer = 'fault' }, { layer = 'memory'; size = 4194816 } )"
 
@@ -88,7 +88,7 @@ suspends CO_TEST(test_a_leg_that_cannot_be_read)
 	struct test_stack stack;
 	struct err err;
 
-	test_stack_open(&stack, STACK, "");
+	test_stack_open(&stack, STACK, "timeout = 1;");
 
 	struct mirror *mirror = mirror_of(&stack);
 

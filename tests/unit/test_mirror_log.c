@@ -38,7 +38,8 @@ static suspends int try_open(
 	struct test_stack *stack, const char *generation, const char *more, struct err *err)
 {
 	return test_stack_try(stack, err,
-		"( { layer = 'mirror'; paused = true; intent-log = 'log%s'; %s secondary ="
+		"( { layer = 'mirror'; paused = true; timeout = 3600; intent-log = 'log%s'; %s "
+		"secondary ="
 		"    ( { layer = 'fault' },"
 		"      { layer = 'file'; path = 'b%s'; create = true; size = %d; lock = false } ) "
 		"},"
@@ -375,7 +376,7 @@ static suspends void write_at_3m(void *arg)
 /* A flush does not cover a write that is under way when it begins: its bit stays. */
 suspends CO_TEST(test_settling_during_a_write)
 {
-	struct fault_rules slow = { .delay_ops = FAULT_WRITE, .delay_us = 2000000 };
+	struct fault_rules hangs = { .hang_ops = FAULT_WRITE };
 	struct test_stack stack;
 	struct co_group group;
 
@@ -386,7 +387,7 @@ suspends CO_TEST(test_settling_during_a_write)
 
 	mirror_settle(mirror);
 	ck_assert(!bitmap_test(mirror->log.durable, 3));
-	fault_set(fault_find(mirror->secondary), &slow);
+	fault_set(fault_find(mirror->secondary), &hangs);
 	co_group_init(&group);
 	co_group_start(&group, write_at_3m, mirror);
 	while (list_empty(&mirror->writes.held) || !bitmap_test(mirror->log.durable, 3))
@@ -395,6 +396,7 @@ suspends CO_TEST(test_settling_during_a_write)
 	mirror_settle(mirror);
 	ck_assert_uint_eq(group.running, 1);
 	ck_assert(bitmap_test(mirror->log.durable, 3));
+	fault_release(fault_find(mirror->secondary));
 	co_group_wait(&group);
 	mirror_settle(mirror);
 	ck_assert(!bitmap_test(mirror->log.durable, 3));

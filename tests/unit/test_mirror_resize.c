@@ -91,7 +91,7 @@ suspends CO_TEST(test_a_leg_that_cannot)
 /* Late, it becomes what was asked of it, and then the two are no mirror any more. */
 suspends CO_TEST(test_a_secondary_that_hangs)
 {
-	struct fault_rules hangs = { .delay_ops = FAULT_RESIZE, .delay_us = 2000000 };
+	struct fault_rules hangs = { .hang_ops = FAULT_RESIZE };
 	struct test_stack stack;
 	struct err err;
 	char buf[512] = "x";
@@ -107,6 +107,7 @@ suspends CO_TEST(test_a_secondary_that_hangs)
 	ck_assert_uint_eq(blk_caps(stack.top)->size, 4 * MIB);
 	ck_assert_int_eq(blk_resize(stack.top, 6 * MIB, 0, &err), -EAGAIN);
 	ck_assert_int_eq(blk_write(stack.top, 0, buf, sizeof(buf), 0), 0);
+	fault_release(fault_find(mirror->secondary));
 	while (mirror->phase != MIRROR_DETACHED)
 		mirror_wait_change(&mirror->blk, reactor_now_ns() + 10 * NS_PER_MS);
 	ck_assert_str_eq(mirror->note, "ended: the secondary was resized to 6291456 bytes");
@@ -147,7 +148,8 @@ suspends CO_TEST(test_refused)
 suspends CO_TEST(test_with_a_log)
 {
 	static const char conf[] =
-		"( { layer = 'mirror'; overwrite = true; intent-log = 'log'; secondary = ("
+		"( { layer = 'mirror'; overwrite = true; timeout = 3600; intent-log = 'log'; "
+		"secondary = ("
 		"    { layer = 'file'; path = 'b'; create = true; size = '4M' } ) },"
 		"  { layer = 'file'; path = 'a'; create = true; size = '4M' } )";
 	const char *scratch = getenv("SCRATCH");
@@ -181,7 +183,7 @@ static suspends void shrink(void *arg)
 /* The secondary is cut, the primary not yet: should it end here, the log must know what was cut. */
 suspends CO_TEST(test_a_cut_is_noted_first)
 {
-	struct fault_rules slow = { .delay_ops = FAULT_RESIZE, .delay_us = 50000 };
+	struct fault_rules hangs = { .hang_ops = FAULT_RESIZE };
 	const char *scratch = getenv("SCRATCH");
 	struct test_stack stack;
 	struct co_group group;
@@ -195,7 +197,7 @@ suspends CO_TEST(test_a_cut_is_noted_first)
 	wait_phase(mirror, MIRROR_IN_SYNC);
 	mirror_settle(mirror);
 	ck_assert(!bitmap_test(mirror->log.durable, 3));
-	fault_set(fault_find(mirror->primary), &slow);
+	fault_set(fault_find(mirror->primary), &hangs);
 	co_group_init(&group);
 	co_group_start(&group, shrink, stack.top);
 	while (blk_caps(mirror->secondary)->size != MIB)
@@ -204,6 +206,7 @@ suspends CO_TEST(test_a_cut_is_noted_first)
 	ck_assert(!bitmap_test(mirror->log.durable, 0));
 	for (size_t i = 1; i < 4; i++)
 		ck_assert(bitmap_test(mirror->log.durable, i));
+	fault_release(fault_find(mirror->primary));
 	co_group_wait(&group);
 	check_resized(&stack, MIB);
 	test_stack_close(&stack);

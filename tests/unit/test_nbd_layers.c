@@ -36,6 +36,11 @@ static void apply_rules(void)
 	rig_run(&rig, apply_rules_run, NULL);
 }
 
+static suspends void release_run(void *arg)
+{
+	fault_release(fault_find(rig.exports[0].top));
+}
+
 /* --- flags ------------------------------------------------------------------------------------ */
 
 /* The operation the log ends with: its beginning, not its return. */
@@ -173,7 +178,7 @@ START_TEST(test_slow_request_holds_up_nobody)
 {
 	int fd = rig_serve(&rig), other = rig_serve(&rig);
 
-	rules = (struct fault_rules){ .delay_ops = FAULT_READ, .delay_us = 200000 };
+	rules = (struct fault_rules){ .hang_ops = FAULT_READ };
 	apply_rules();
 	rig_request(fd, NBD_CMD_READ, 0, 1, 0, 512);
 	rig_request(fd, NBD_CMD_WRITE, 0, 2, 4096, 512);
@@ -181,6 +186,7 @@ START_TEST(test_slow_request_holds_up_nobody)
 	rig_request(other, NBD_CMD_FLUSH, 0, 3, 0, 0);
 	ck_assert_uint_eq(rig_reply(other, 3), NBD_SUCCESS);
 	ck_assert_uint_eq(rig_reply(fd, 2), NBD_SUCCESS);
+	rig_run(&rig, release_run, NULL);
 	ck_assert_uint_eq(rig_reply(fd, 1), NBD_SUCCESS);
 	rig_recv(fd, data, 512);
 	rig_disconnect(fd);
