@@ -35,7 +35,7 @@
 #include "seed.h"
 #include "testing.h"
 
-#define RIG_WAIT_MS 20000
+#define RIG_WAIT_MS 300000
 #define RIG_EXPORTS 2
 #define RIG_SIZE    (8U << 20)
 #ifndef RIG_FIRST_SIZE /* of the first export; the second one has twice RIG_SIZE */
@@ -246,19 +246,27 @@ static suspends void rig_client_start(void *arg)
 	co_group_start(&client->rig->clients, rig_client_run, client);
 }
 
-static inline int rig_connect_as(
-	struct rig *rig, struct nbd_export *export, struct nbd_session session)
+/* A client that has sent data already when the server sees it: no time limit of the server's can pass before. */
+static inline int rig_connect_with(struct rig *rig, struct nbd_export *export,
+	struct nbd_session session, const void *data, size_t len)
 {
 	struct rig_client client = { .rig = rig, .export = export, .session = session };
 	int fds[2];
 
 	ck_assert_int_eq(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds), 0);
+	ck_assert_int_eq(send(fds[0], data, len, MSG_NOSIGNAL), (ssize_t)len);
 	client.session.fd = fds[1];
 	client.session.limits = &rig->limits;
 	client.session.peer = "test";
 	client.session.trace = &rig->trace;
 	rig_run(rig, rig_client_start, &client);
 	return fds[0];
+}
+
+static inline int rig_connect_as(
+	struct rig *rig, struct nbd_export *export, struct nbd_session session)
+{
+	return rig_connect_with(rig, export, session, NULL, 0);
 }
 
 static inline int rig_connect_to(struct rig *rig, struct nbd_export *export, bool read_only)
@@ -283,6 +291,12 @@ static suspends void rig_wait_clients(void *arg)
 	struct rig *rig = arg;
 
 	co_group_wait(&rig->clients);
+}
+
+/* The same; it has sent data already. */
+static inline int rig_serve_with(struct rig *rig, const void *data, size_t len)
+{
+	return rig_connect_with(rig, &rig->exports[0].nbd, (struct nbd_session){ 0 }, data, len);
 }
 
 /* Until every client has left; the result of the last one. */

@@ -431,6 +431,15 @@ static suspends void set_deadline(void *arg)
 
 START_TEST(test_silent_client)
 {
+	struct {
+		be32 client_flags;
+		struct nbd_option_header header;
+		char half[4];
+	} option = {
+		.client_flags = be32_make(NBD_FLAG_C_FIXED_NEWSTYLE | NBD_FLAG_C_NO_ZEROES),
+		.header = { be64_make(NBD_OPTION_MAGIC), be32_make(NBD_OPT_GO), be32_make(100) },
+		.half = "half",
+	};
 	struct nbd_greeting greeting;
 	uint64_t hasty_ns = 50 * NS_PER_MS;
 	int fd;
@@ -442,9 +451,8 @@ START_TEST(test_silent_client)
 	ck_assert_int_eq(rig_all_left(&rig), -ETIMEDOUT);
 
 	/* In the middle of an option, and one that keeps the server busy. */
-	fd = greeted();
-	rig_option_header(fd, NBD_OPT_GO, 100);
-	rig_send(fd, "half", 4);
+	fd = rig_connect_with(&rig, NULL, (struct nbd_session){ 0 }, &option, sizeof(option));
+	rig_recv(fd, &greeting, sizeof(greeting));
 	rig_expect_end(fd);
 	ck_assert_int_eq(rig_all_left(&rig), -ETIMEDOUT);
 }

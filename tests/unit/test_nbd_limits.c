@@ -41,22 +41,21 @@ static suspends void open_gate(void *arg)
 
 START_TEST(test_idle)
 {
-	struct nbd_request_header header = rig_header(NBD_CMD_WRITE, 0, 1, 0, 100000);
+	struct nbd_request_header headers[64];
 
 	limits.idle_ns = 100 * NS_PER_MS;
 	rig_start(&rig, &limits, NULL);
 	/* Silent from the start, in the middle of a header, of a payload. */
-	int silent = rig_serve(&rig), half = rig_serve(&rig), payload = rig_serve(&rig);
-	rig_send(half, &header, sizeof(header) - 1);
-	rig_send(payload, &header, sizeof(header));
-	rig_send(payload, &header, sizeof(header));
+	headers[0] = headers[1] = rig_header(NBD_CMD_WRITE, 0, 1, 0, 100000);
+	int silent = rig_serve(&rig), half = rig_serve_with(&rig, headers, sizeof(headers[0]) - 1),
+	    payload = rig_serve_with(&rig, headers, 2 * sizeof(headers[0]));
 	rig_expect_end(silent);
 	rig_expect_end(half);
 	rig_expect_end(payload);
 	/* One that does not read its replies. */
-	int deaf = rig_serve(&rig);
 	for (int i = 0; i < 64; i++)
-		rig_request(deaf, NBD_CMD_READ, 0, 1, 0, 1 << 20);
+		headers[i] = rig_header(NBD_CMD_READ, 0, 1, 0, 1 << 20);
+	int deaf = rig_serve_with(&rig, headers, sizeof(headers));
 	rig_all_left(&rig);
 	close(deaf);
 }
@@ -65,11 +64,12 @@ END_TEST
 /* Whoever waits for the disk is not idle, however long it takes. */
 START_TEST(test_waiting_is_not_idle)
 {
+	struct nbd_request_header flush = rig_header(NBD_CMD_FLUSH, 0, 7, 0, 0);
+
 	limits.idle_ns = 20 * NS_PER_MS;
 	rig_start(&rig, &limits, NULL);
-	int fd = rig_serve(&rig);
 	rig_run(&rig, shut_gate, NULL);
-	rig_request(fd, NBD_CMD_FLUSH, 0, 7, 0, 0);
+	int fd = rig_serve_with(&rig, &flush, sizeof(flush));
 	usleep(400000);
 	rig_run(&rig, open_gate, NULL);
 	ck_assert_uint_eq(rig_reply(fd, 7), NBD_SUCCESS);
@@ -145,10 +145,11 @@ END_TEST
 
 #define BURST 3000
 
-static sem_t sent;
+static sem_t blocked, sent;
 
 static suspends void block_reactor(void *arg)
 {
+	sem_post(&blocked);
 	while (sem_wait(&sent))
 		;
 }
@@ -192,8 +193,11 @@ START_TEST(test_turns)
 
 	rig_start(&rig, &limits, "{ layer = 'fault'; log = '" LOG_NAME "' },");
 	int greedy = rig_serve(&rig), modest = rig_serve(&rig);
+	sem_init(&blocked, 0, 0);
 	sem_init(&sent, 0, 0);
 	ck_assert(!pthread_create(&blocker, NULL, block_thread, NULL));
+	while (sem_wait(&blocked))
+		;
 	for (int i = 0; i < BURST; i++)
 		burst[i].header = rig_header(NBD_CMD_WRITE, 0, (uint64_t)i, 0, 1);
 	rig_send(greedy, burst, sizeof(burst));

@@ -115,13 +115,24 @@ START_TEST(test_latencies_of_requests)
 }
 END_TEST
 
+static suspends void is_under_way_run(void *arg)
+{
+	const struct list *conns = &rig.exports[0].nbd.conns;
+
+	*(bool *)arg = list_entry(conns->next, struct nbd_conn, link)->in_flight;
+}
+
 /* A request that took 40 ms is in a bucket that says so. */
 START_TEST(test_latency_of_a_slow_disk)
 {
+	bool under_way;
 	int fd = rig_serve(&rig);
 
 	rig_run(&rig, shut_gate, NULL);
 	rig_request(fd, NBD_CMD_FLUSH, 0, 7, 0, 0);
+	do
+		rig_run(&rig, is_under_way_run, &under_way);
+	while (!under_way);
 	usleep(40000);
 	rig_run(&rig, open_gate, NULL);
 	ck_assert_uint_eq(rig_reply(fd, 7), NBD_SUCCESS);
