@@ -97,6 +97,12 @@ need_modules() {
 	done
 }
 
+# Disconnects a device that nbd-client serves, and waits until it is free: the driver tells the other process only.
+other_off() {
+	nbd-client -d "$1" >/dev/null
+	while [[ -e /sys/block/${1#/dev/}/pid ]]; do sleep 0.05; done
+}
+
 uri() {
 	echo "nbd+unix:///$1?socket=$socket"
 }
@@ -110,17 +116,20 @@ space_of() {
 	echo $(($(stat -c '%b * %B' "$1")))
 }
 
-# Fills a folder with COUNT files of pseudorandom length and content, and notes their checksums.
+# Fills a folder with COUNT files of pseudorandom length and content, and notes their checksums. Of 24 files that follow
+# each other none has the order of magnitude of another, so that together they have some 16 MiB whatever the seed is.
 fill() {
 	local dir=$1 count=$2
 	mkdir -p "$dir"
 	/usr/bin/python3 - "$dir" "$count" "$seed" <<-'PYTHON'
-	import random, sys
+	import os, random, sys
 	folder, count, seed = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-	rng = random.Random(f"{folder} {seed}")
+	rng = random.Random(f"{os.path.basename(folder)} {seed}")
+	powers = []
 	for i in range(count):
+	    powers = powers or rng.sample(range(24), 24)
 	    with open(f"{folder}/{i}", "wb") as file:
-	        file.write(rng.randbytes(int(1 << rng.randrange(24)) + rng.randrange(4096)))
+	        file.write(rng.randbytes((1 << powers.pop()) + rng.randrange(4096)))
 	PYTHON
 	(cd "$dir" && sha256sum -- * >"$SCRATCH/${dir##*/}.sums")
 }
