@@ -12,7 +12,7 @@ from rig import BUILD
 
 SCRATCH = os.environ['SCRATCH']
 CTL = f'{BUILD}/blkstackctl'
-DEADLINE_S = 60  # reached only when a test fails
+DEADLINE_S = 300  # reached only when a test fails
 
 OK, FAILED, USAGE, NO_DAEMON, NOT_PERMITTED, NO_SUCH_EXPORT, BUSY = range(7)
 

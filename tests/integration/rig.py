@@ -8,7 +8,7 @@ import time
 import nbd
 
 BUILD = os.environ['BUILD']
-START_TIMEOUT_S = 60  # sanitizers on a loaded machine; never waited for in full when all is well
+START_TIMEOUT_S = 300  # sanitizers on a loaded machine; never waited for in full when all is well
 
 
 def check(condition, text):
