@@ -21,7 +21,7 @@ static inline struct mirror *mirror_of(struct test_stack *stack)
 }
 
 /* Fails the test when it takes absurdly long. */
-#define WAIT_MAX_NS (50 * NS_PER_SEC)
+#define WAIT_MAX_NS (300 * NS_PER_SEC)
 
 static inline suspends void wait_phase(struct mirror *mirror, enum mirror_phase phase)
 {

@@ -9,6 +9,7 @@
 #include "base/nearest.h"
 #include "base/util.h"
 #include "conf_build.h"
+#include "testing.h"
 
 /* --- errors ----------------------------------------------------------------------------------- */
 
@@ -271,6 +272,7 @@ int main(void)
 	Suite *suite = suite_create("conf");
 	TCase *tcase = tcase_create("conf");
 
+	tcase_set_timeout(tcase, TEST_TIMEOUT_S);
 	suite_add_tcase(suite, tcase);
 	tcase_add_test(tcase, test_place_stays_in_front);
 	tcase_add_test(tcase, test_long_texts_lose_their_end);

@@ -10,7 +10,7 @@
 #include "base/cleanup.h"
 #include "model.h"
 
-#define QEMU_START_TRIES 500 /* of 10 ms */
+#define QEMU_START_TRIES 20000 /* of 10 ms */
 
 static const char *const image = "image.raw";
 

@@ -236,6 +236,7 @@ int main(void)
 	Suite *suite = suite_create("stack");
 	TCase *tcase = tcase_create("stack");
 
+	tcase_set_timeout(tcase, TEST_TIMEOUT_S);
 	suite_add_tcase(suite, tcase);
 	tcase_add_test(tcase, test_bad_stacks);
 	tcase_add_test(tcase, test_unknown_layer_lists_the_known);

@@ -17,9 +17,10 @@
 #include "daemon/varlink.h"
 #include "rt/reactor.h"
 #include "rt/stream.h"
+#include "testing.h"
 
-#define PATIENCE_NS (30 * NS_PER_MS)  /* of the service, where a test waits for its end */
-#define WAIT_NS     (20 * NS_PER_SEC) /* of the client: reached only when a test fails */
+#define PATIENCE_NS (30 * NS_PER_MS)   /* of the service, where a test waits for its end */
+#define WAIT_NS     (300 * NS_PER_SEC) /* of the client: reached only when a test fails */
 
 struct fixture {
 	struct varlink_service service;
@@ -238,9 +239,8 @@ SERVICE_TEST(a_call_may_come_byte_by_byte)
 SERVICE_TEST(calls_cut_anywhere_are_answered_in_order)
 {
 	static const char calls[] = ECHO_HI "\0" ECHO_WITH("\"number\":5") "\0" ECHO_HI;
-	unsigned seed = (unsigned)time(NULL);
+	unsigned seed = test_seed();
 
-	printf("seed %u\n", seed);
 	for (int round = 0; round < 200; round++) {
 		for (size_t sent = 0; sent < sizeof(calls);) {
 			size_t piece = 1 + (size_t)rand_r(&seed) % (sizeof(calls) - sent);
@@ -339,10 +339,9 @@ END_TEST
 
 SERVICE_TEST(random_bytes_do_no_harm)
 {
-	unsigned seed = (unsigned)time(NULL);
+	unsigned seed = test_seed();
 	char bytes[2048];
 
-	printf("seed %u\n", seed);
 	stream_fini(&fixture->client);
 	for (int round = 0; round < 200; round++) {
 		connect_client(fixture, &fixture->client);
@@ -555,17 +554,15 @@ SERVICE_TEST(who_does_not_finish_a_call_is_dropped)
 SERVICE_TEST(who_trickles_a_call_is_dropped)
 {
 	struct varlink_service *service = &fixture->service;
-	uint64_t patience_ns = 200 * NS_PER_MS, start_ns = reactor_now_ns();
 
-	service->patience_ns = patience_ns;
-	while (service->connections.running && reactor_now_ns() < start_ns + 10 * patience_ns) {
+	service->patience_ns = 200 * NS_PER_MS;
+	while (service->connections.running) {
 		char brace = '{';
 		struct iovec iov = { .iov_base = &brace, .iov_len = 1 };
 
 		stream_send_some(&fixture->client, &iov, 1);
 		co_sleep_ns(5 * NS_PER_MS);
 	}
-	ck_assert_uint_eq(service->connections.running, 0);
 }
 
 SERVICE_TEST(a_silent_peer_is_not_dropped)
@@ -670,7 +667,7 @@ int main(void)
 	Suite *suite = suite_create("varlink");
 	TCase *tcase = tcase_create("varlink");
 
-	tcase_set_timeout(tcase, 60);
+	tcase_set_timeout(tcase, TEST_TIMEOUT_S);
 	tcase_add_test(tcase, one_call_is_answered);
 	tcase_add_test(tcase, a_call_may_come_byte_by_byte);
 	tcase_add_test(tcase, calls_cut_anywhere_are_answered_in_order);
