@@ -3,8 +3,8 @@
  * request that it hits gets an error; whatever succeeded stays true; when the file works again,
  * everything works again; and the image is sound in the end (leaks are allowed).
  *
- * Sizes change, snapshots come and go and clusters are moved meanwhile. When not even the header can be stored, the
- * layer refuses writes from then on: then the image is sound, and no more is asked for.
+ * Sizes change, snapshots come and go and clusters are moved meanwhile. When not even the header can be stored, or
+ * a flush failed, the layer changes no table from then on: then the image is sound, and no more is asked for.
  *
  * What a failed request left behind is unknown until it is written again: old or new, byte by byte. The
  * seed is printed.
@@ -34,7 +34,7 @@ struct trial {
 	struct range_lock busy;
 	struct co_group workers;
 	unsigned failed;
-	bool frozen;
+	bool flushes_fail, frozen;
 };
 
 static void fill_random(void *arg, uint8_t *buf, size_t len)
@@ -130,7 +130,7 @@ static suspends void rearrange(void *arg)
 /* Faults for a round: each kind of operation, often or seldom; the last round has none. */
 static void choose_faults(struct trial *trial, int round)
 {
-	struct fault_rules rules = { .ops = FAULT_WRITE | FAULT_FLUSH | FAULT_ZERO | FAULT_RESIZE,
+	struct fault_rules rules = { .ops = FAULT_WRITE | FAULT_ZERO | FAULT_RESIZE,
 		.error = seed_below(&trial->seed, 2) ? EIO : ENOSPC,
 		.permille = 1 + (unsigned)seed_below(&trial->seed, 150),
 		.torn = seed_below(&trial->seed, 2),
@@ -139,6 +139,8 @@ static void choose_faults(struct trial *trial, int round)
 
 	if (seed_below(&trial->seed, 3) == 0)
 		rules.ops |= FAULT_READ;
+	if (trial->flushes_fail) /* the first of them freezes it */
+		rules.ops |= FAULT_FLUSH;
 	if (round % 2) /* seldom twice in a row: else the first thing that fails freezes it */
 		rules.permille = 1 + rules.permille / 20;
 	fault_set(fault_find(trial->stack.top), round == ROUNDS - 1 ? NULL : &rules);
@@ -192,6 +194,7 @@ static suspends void run_kind(const struct image_kind *kind, struct seed *seed)
 
 	printf("  %s", kind->name);
 	fflush(stdout);
+	trial.flushes_fail = !seed_below(&trial.seed, 3);
 	trial.content = malloc(DISK_SIZE);
 	trial.unknown = calloc(DISK_SIZE, sizeof(*trial.unknown));
 	image_make(kind, "image.qcow2", trial.content, DISK_SIZE, fill_random, &trial.seed);

@@ -5,8 +5,10 @@
 #include <errno.h>
 
 #include "base/util.h"
+#include "blk/fault.h"
 #include "blk/qcow/compact.h"
 #include "blk/qcow/live.h"
+#include "blk/qcow/qcow.h"
 #include "co_test.h"
 #include "qcow_images.h"
 
@@ -307,6 +309,35 @@ CO_TEST(test_failing_storage)
 
 /* --- compaction and the rest ------------------------------------------------------------------ */
 
+/* The commit timer's flush fails, of which no guest hears: the next flush must not succeed. */
+CO_TEST(test_a_failed_flush_is_told)
+{
+	struct fault_rules once = { .ops = FAULT_FLUSH, .countdown = 1, .error = EIO };
+	struct test_stack stack;
+	uint8_t byte = 3;
+
+	image_must("qemu-img create -q -f qcow2 image.qcow2 8M");
+	test_stack_open(&stack, "( { layer = 'qcow' }, { layer = 'fault' }, "
+				"{ layer = 'file'; path = 'image.qcow2' } )");
+	fill(stack.top, 0, MIB, 1);
+	ck_assert_int_eq(blk_flush(stack.top), 0);
+	fill(stack.top, MIB, MIB, 2);
+	fault_set(fault_find(stack.top), &once);
+	ck_assert_int_eq(qcow_commit(qcow_of(stack.top)), -EIO);
+	ck_assert_int_eq(blk_flush(stack.top), -EIO);
+	ck_assert_int_eq(blk_flush(stack.top), -EIO);
+	ck_assert_int_eq(blk_write(stack.top, 4 * MIB, &byte, 1, 0), -EIO);
+	expect(stack.top, 0, MIB, 1);
+	expect(stack.top, MIB, MIB, 2);
+	test_stack_close(&stack);
+	image_check("image.qcow2", true);
+	open_image(&stack);
+	expect(stack.top, 0, MIB, 1);
+	fill(stack.top, 4 * MIB, MIB, 3);
+	ck_assert_int_eq(blk_flush(stack.top), 0);
+	test_stack_close(&stack);
+}
+
 struct resizer {
 	struct blk *disk;
 	int rounds;
@@ -400,6 +431,7 @@ int main(void)
 	tcase_add_test(tcase, test_fast_zero_or_nothing);
 	tcase_add_test(tcase, test_refusals);
 	tcase_add_test(tcase, test_failing_storage);
+	tcase_add_test(tcase, test_a_failed_flush_is_told);
 	tcase_add_test(tcase, test_compaction_meets_others);
 	tcase_add_test(tcase, test_cancel_does_not_wait_for_the_rate);
 	suite_add_tcase(suite, tcase);

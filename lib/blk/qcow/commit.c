@@ -11,8 +11,11 @@
  * Clusters: unlinked (entry changed in memory) -> committed (change durable) -> free. Between the last two
  * lies a grace period: q->pin_epoch is advanced and everybody who pinned the old epoch must have ended.
  *
- * Failure: a write or flush that fails leaves all of it dirty; the error goes to everybody who waited,
- * and the next commit tries again: it may succeed, because it writes everything anew that the failed one had.
+ * Failure: a write that fails leaves all of it dirty; the error goes to everybody who waited, and the next commit
+ * tries again: it may succeed, because it writes everything anew that the failed one had. A flush that fails may
+ * have lost what no commit writes anew: guests' data, the first content of new tables. Often only the
+ * commit timer hears of it, and a disk below says so once. So that freezes the layer: no flush
+ * and no commit succeeds until the image is opened anew, which then is what the last good commit left.
  */
 #include "blk/qcow/qcow.h"
 
@@ -194,21 +197,36 @@ static suspends int write_phase(struct qcow *q, const struct phase *phase)
 	return ret;
 }
 
+static suspends int flush_or_freeze(struct qcow *q, struct blk *blk)
+{
+	int ret = blk_flush(blk);
+
+	if (ret && !q->frozen) {
+		q->frozen = true;
+		blk_notice(&q->blk,
+			"a flush failed (%s), and what it lost is not known: nothing is allocated, "
+			"and no "
+			"flush succeeds, until the image is opened anew",
+			strerror(-ret));
+	}
+	return ret;
+}
+
 static suspends int write_all(struct qcow *q, const struct commit *c)
 {
-	int ret = q->data_file ? blk_flush(q->data) : 0;
+	int ret = q->data_file ? flush_or_freeze(q, q->data) : 0;
 
 	if (!ret)
 		ret = write_phase(q, &c->phases[0]);
 	/* With nothing to link, one flush does for the data and the counts. */
 	if (!ret)
-		ret = blk_flush(q->blk.below);
+		ret = flush_or_freeze(q, q->blk.below);
 	for (int i = 1; !ret && i < 3; i++) {
 		if (!c->phases[i].count)
 			continue;
 		ret = write_phase(q, &c->phases[i]);
 		if (!ret)
-			ret = blk_flush(q->blk.below);
+			ret = flush_or_freeze(q, q->blk.below);
 	}
 	return ret;
 }

@@ -360,6 +360,8 @@ static suspends int qcow_flush(struct blk *blk)
 
 	if (q->read_only)
 		return 0;
+	if (q->frozen)
+		return -EIO;
 	if (qcow_metadata_dirty(q))
 		return qcow_commit(q);
 	int ret = q->data_file ? blk_flush(q->data) : 0;
