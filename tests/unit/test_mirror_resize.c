@@ -213,6 +213,40 @@ suspends CO_TEST(test_a_cut_is_noted_first)
 	ck_assert_int_eq(unlink("log"), 0);
 }
 
+/* The range is waited for until the disk ends before it. */
+suspends CO_TEST(test_compared_while_it_shrinks)
+{
+	struct fault_rules slow = { .delay_ops = FAULT_RESIZE, .delay_us = 50000 };
+	struct mirror_comparison sum = {};
+	struct test_stack stack;
+	struct co_group group;
+	struct err err;
+	uint64_t len;
+
+	test_stack_open(&stack, STACK, "");
+
+	struct mirror *mirror = mirror_of(&stack);
+
+	fill_leg(stack.top, 0, 4 * MIB, 'p');
+	wait_phase(mirror, MIRROR_IN_SYNC);
+	fault_set(fault_find(mirror->primary), &slow);
+	co_group_init(&group);
+	co_group_start(&group, shrink, stack.top);
+	while (blk_caps(mirror->secondary)->size != MIB)
+		co_sleep_ns(NS_PER_MS);
+	len = 2 * MIB;
+	ck_assert_int_eq(mirror_compare(&mirror->blk, 2 * MIB, &len, &sum, &err), 0);
+	ck_assert_uint_eq(len, 0);
+	len = 2 * MIB;
+	ck_assert_int_eq(mirror_compare(&mirror->blk, MIB - 512, &len, &sum, &err), 0);
+	ck_assert_uint_eq(len, 512);
+	ck_assert_uint_eq(sum.compared, 512);
+	ck_assert_uint_eq(sum.different, 0);
+	co_group_wait(&group);
+	check_resized(&stack, MIB);
+	test_stack_close(&stack);
+}
+
 int main(void)
 {
 	Suite *suite = suite_create("mirror_resize");
@@ -225,6 +259,7 @@ int main(void)
 	tcase_add_test(tcase, test_refused);
 	tcase_add_test(tcase, test_with_a_log);
 	tcase_add_test(tcase, test_a_cut_is_noted_first);
+	tcase_add_test(tcase, test_compared_while_it_shrinks);
 	suite_add_tcase(suite, tcase);
 	return test_suite(suite);
 }

@@ -428,8 +428,12 @@ static suspends int compare_data(struct mirror *mirror, uint64_t off, uint64_t l
 static suspends int compare_locked(struct mirror *mirror, uint64_t off, uint64_t *len,
 	struct mirror_comparison *sum, struct err *err)
 {
-	uint64_t zeroes;
+	uint64_t zeroes, size = mirror->blk.caps.size;
 
+	/* It may have become shorter while the range was waited for, or before. */
+	*len = off < size ? MIN(*len, size - off) : 0;
+	if (!*len)
+		return 0;
 	if (!mirror_leg_used(mirror))
 		return err_set(err, EAGAIN,
 			"the secondary is not in use, so there is nothing to "
