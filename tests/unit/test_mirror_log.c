@@ -334,6 +334,36 @@ suspends CO_TEST(test_promoted_and_cancelled)
 	leave_scratch();
 }
 
+/* A probe that was under way when the mirror ended must not make the log good again. */
+suspends CO_TEST(test_cancelled_while_the_secondary_is_opened)
+{
+	struct log_header header;
+	struct test_stack stack;
+	int fd;
+
+	go_to_scratch();
+	ck_assert_int_eq(system("qemu-img create -q -f qcow2 a2 8M"), 0);
+	test_stack_open(&stack,
+		"( { layer = 'mirror'; overwrite = true; start-degraded = true; intent-log = 'log';"
+		"    secondary = ( { layer = 'qcow' }, { layer = 'file'; path = 'b' } ) },"
+		"  { layer = 'memory'; size = '8M' } )");
+
+	struct mirror *mirror = mirror_of(&stack);
+
+	ck_assert_int_eq(mirror->phase, MIRROR_DEGRADED);
+	ck_assert_int_eq(rename("a2", "b"), 0);
+	mirror->log.broken = true;
+	mirror_resume(&mirror->blk);
+	co_sleep_ns(0);
+	mirror_cancel(&mirror->blk);
+	test_stack_close(&stack);
+	fd = open("log", O_RDONLY | O_CLOEXEC);
+	ck_assert_int_eq(read(fd, &header, sizeof(header)), sizeof(header));
+	ck_assert_uint_eq(be32_get(header.state), LOG_ENDED);
+	close(fd);
+	leave_scratch();
+}
+
 /* --- order ------------------------------------------------------------------------------------ */
 
 /* The log's write comes first: when it fails, the secondary is given up before it gets anything. */
@@ -404,6 +434,40 @@ suspends CO_TEST(test_settling_during_a_write)
 	leave_scratch();
 }
 
+/* The primary says once that it lost something, to a flush that no guest waits for. */
+suspends CO_TEST(test_settling_that_fails_is_told)
+{
+	struct fault_rules once = { .ops = FAULT_FLUSH, .countdown = 1, .error = EIO };
+	struct test_stack stack;
+	struct err err;
+
+	go_to_scratch();
+	test_stack_open(&stack, "( { layer = 'mirror'; overwrite = true; intent-log = 'log';"
+				"    secondary = ( { layer = 'memory'; size = '4M' } ) },"
+				"  { layer = 'fault' }, { layer = 'memory'; size = '4M' } )");
+
+	struct mirror *mirror = mirror_of(&stack);
+	struct blk *fault = fault_find(mirror->primary);
+
+	wait_phase(mirror, MIRROR_IN_SYNC);
+	for (int keep = 0; keep < 2; keep++) {
+		co_mutex_lock(&mirror->settle_mutex); /* not by itself */
+		fill_leg(&mirror->blk, 0, 65536, 's');
+		fault_set(fault, &once);
+		if (keep)
+			ck_assert_int_eq(promote(stack.top, false, true, &err), -EIO);
+		co_mutex_unlock(&mirror->settle_mutex);
+		if (!keep)
+			mirror_settle(mirror);
+		ck_assert_uint_eq(fault_failed(fault), 1);
+		ck_assert_int_eq(blk_flush(&mirror->blk), -EIO);
+		ck_assert_int_eq(blk_flush(&mirror->blk), 0);
+	}
+	ck_assert_int_eq(mirror->phase, MIRROR_IN_SYNC);
+	test_stack_close(&stack);
+	leave_scratch();
+}
+
 int main(void)
 {
 	Suite *suite = suite_create("mirror_log");
@@ -418,7 +482,9 @@ int main(void)
 	tcase_add_test(tcase, test_short_last_chunk);
 	tcase_add_test(tcase, test_other_disks_log);
 	tcase_add_test(tcase, test_promoted_and_cancelled);
+	tcase_add_test(tcase, test_cancelled_while_the_secondary_is_opened);
 	tcase_add_test(tcase, test_settling_during_a_write);
+	tcase_add_test(tcase, test_settling_that_fails_is_told);
 	tcase_add_test(tcase, test_log_that_cannot_be_written);
 	suite_add_tcase(suite, tcase);
 	return test_suite(suite);

@@ -125,6 +125,7 @@ void mirror_set_rate(struct blk *blk, uint64_t bytes_per_s)
 static void detach(struct mirror *mirror, bool promoted)
 {
 	mirror->promoted = promoted;
+	mirror->flush_untold &= !promoted; /* what the primary lost, the secondary has */
 	mirror->leg_lost = mirror->phase == MIRROR_DEGRADED;
 	snprintf(mirror->note, sizeof(mirror->note), promoted ? "promoted" : "cancelled");
 	mirror_set_phase(mirror, MIRROR_DETACHED);
@@ -260,10 +261,10 @@ static suspends int flush_legs(struct mirror *mirror, bool keep, struct err *err
 		return err_sys(err, -ret, "the secondary cannot be flushed");
 	}
 	/* Else its errors are a reason to promote, not to refuse. */
-	if (keep && primary_ret)
-		return err_sys(
-			err, -primary_ret, "the primary, which is to be kept, cannot be flushed");
-	return 0;
+	if (!keep || !primary_ret)
+		return 0;
+	mirror->flush_untold = true;
+	return err_sys(err, -primary_ret, "the primary, which is to be kept, cannot be flushed");
 }
 
 static suspends int commit(

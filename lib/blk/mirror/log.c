@@ -141,15 +141,12 @@ static void failed(struct mirror *mirror)
 	memset(mirror->log.durable, 0, sizeof(mirror->log.durable));
 }
 
-suspends int mirror_log_rewrite(struct mirror *mirror)
+static suspends int rewrite(struct mirror *mirror)
 {
 	struct mirror_log *log = &mirror->log;
 	uint64_t needed[MIRROR_REGION_WORDS];
 	int ret;
 
-	if (!log->blk)
-		return 0;
-	co_mutex_lock(&log->mutex);
 	ret = write_header(mirror, LOG_ENDED); /* a torn rewrite means a full copy */
 	mirror_regions_needed(mirror, needed);
 	if (!ret)
@@ -159,6 +156,20 @@ suspends int mirror_log_rewrite(struct mirror *mirror)
 	log->broken = ret != 0;
 	if (!ret)
 		memcpy(log->durable, needed, sizeof(needed));
+	return ret;
+}
+
+suspends int mirror_log_rewrite(struct mirror *mirror)
+{
+	struct mirror_log *log = &mirror->log;
+	int ret = 0;
+
+	if (!log->blk)
+		return 0;
+	co_mutex_lock(&log->mutex);
+	/* Whoever was about to when the mirror ended comes too late. */
+	if (!log->ended)
+		ret = rewrite(mirror);
 	co_mutex_unlock(&log->mutex);
 	return ret;
 }
@@ -251,6 +262,7 @@ suspends int mirror_log_end(struct mirror *mirror, bool promoted)
 	if (!mirror->log.blk)
 		return 0;
 	co_mutex_lock(&mirror->log.mutex);
+	mirror->log.ended = true;
 	ret = write_header(mirror, promoted ? LOG_PROMOTED : LOG_ENDED);
 	co_mutex_unlock(&mirror->log.mutex);
 	return ret;

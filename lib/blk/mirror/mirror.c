@@ -281,6 +281,10 @@ static suspends int mirror_flush(struct blk *blk)
 		left = mirror->primary_left;
 		ret = flush_once(mirror);
 	} while (unlikely(ret) && mirror_ask_again(mirror, left));
+	/* A disk may say only once that it lost what it had not flushed: then the settler has heard it. */
+	if (unlikely(mirror->flush_untold) && !ret)
+		ret = -EIO;
+	mirror->flush_untold = false;
 	return ret;
 }
 

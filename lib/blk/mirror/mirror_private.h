@@ -124,6 +124,7 @@ struct mirror_log {
 	struct blk *blk; /* NULL: there is none */
 	bool broken;     /* could not be written; what is on it is not to be trusted */
 	bool turned;     /* by a promotion */
+	bool ended;      /* says that the legs went separate ways, and does for good */
 	uint64_t durable[MIRROR_REGION_WORDS]; /* what is on the disk */
 	struct co_mutex mutex;                 /* held by whoever writes it */
 	uint64_t writes;
@@ -170,9 +171,10 @@ struct mirror {
 	enum mirror_phase phase;
 	bool promoted; /* detached, and the secondary serves */
 	bool closing;
-	bool primary_left;        /* it did not answer, and a promotion under way gave it up */
-	bool resizing;            /* by ourselves */
-	bool leg_lost;            /* the secondary had failed when the mirror ended */
+	bool primary_left; /* it did not answer, and a promotion under way gave it up */
+	bool flush_untold; /* a flush of the primary failed, of which no guest has heard yet */
+	bool resizing;     /* by ourselves */
+	bool leg_lost;     /* the secondary had failed when the mirror ended */
 	struct range_lock writes; /* guests' changes and copy steps, exclusive */
 	char note[224];           /* why it copies what it copies */
 	int64_t phase_time;       /* since when it is in this phase, seconds */
