@@ -334,6 +334,31 @@ suspends CO_TEST(test_promoted_and_cancelled)
 	leave_scratch();
 }
 
+/* A mirror that ended by itself notes nothing any more, and the log must not say that little has changed. */
+suspends CO_TEST(test_ended_by_a_resize)
+{
+	struct test_stack stack;
+	char buf[4096] = "n";
+	struct err err;
+
+	go_to_scratch();
+	make_synced(&stack);
+
+	struct mirror *mirror = mirror_of(&stack);
+
+	mirror_settle(mirror);
+	ck_assert_int_eq(blk_resize(mirror->secondary, 2 * DISK_BYTES, 0, &err), 0);
+	ck_assert_int_eq(mirror->phase, MIRROR_DETACHED);
+	ck_assert_int_eq(blk_write(&mirror->blk, 1 << 20, buf, sizeof(buf), 0), 0);
+	test_stack_close(&stack);
+	/* as the refusal to start advises */
+	ck_assert_int_eq(truncate("b", DISK_BYTES), 0);
+	ck_assert_int_eq(try_open(&stack, "", "", &err), -EPERM);
+	ck_assert_ptr_nonnull(strstr(err.text, "the legs went separate ways"));
+	test_stack_close(&stack);
+	leave_scratch();
+}
+
 /* A probe that was under way when the mirror ended must not make the log good again. */
 suspends CO_TEST(test_cancelled_while_the_secondary_is_opened)
 {
@@ -482,6 +507,7 @@ int main(void)
 	tcase_add_test(tcase, test_short_last_chunk);
 	tcase_add_test(tcase, test_other_disks_log);
 	tcase_add_test(tcase, test_promoted_and_cancelled);
+	tcase_add_test(tcase, test_ended_by_a_resize);
 	tcase_add_test(tcase, test_cancelled_while_the_secondary_is_opened);
 	tcase_add_test(tcase, test_settling_during_a_write);
 	tcase_add_test(tcase, test_settling_that_fails_is_told);

@@ -262,8 +262,9 @@ suspends int mirror_log_end(struct mirror *mirror, bool promoted)
 	if (!mirror->log.blk)
 		return 0;
 	co_mutex_lock(&mirror->log.mutex);
+	if (!mirror->log.ended)
+		ret = write_header(mirror, promoted ? LOG_PROMOTED : LOG_ENDED);
 	mirror->log.ended = true;
-	ret = write_header(mirror, promoted ? LOG_PROMOTED : LOG_ENDED);
 	co_mutex_unlock(&mirror->log.mutex);
 	return ret;
 }

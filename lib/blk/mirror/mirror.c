@@ -118,8 +118,11 @@ static suspends int change_locked(struct mirror *mirror, const struct change *ch
 {
 	int ret;
 
-	if (unlikely(mirror->phase == MIRROR_DETACHED))
+	if (unlikely(mirror->phase == MIRROR_DETACHED)) {
+		/* It may have ended by itself, when a leg got another size: nothing is noted any more. */
+		mirror_log_end(mirror, false);
 		return change_leg(mirror_main_leg(mirror), change);
+	}
 	if (mirror_dirty_all(mirror, change->off, change->len))
 		return change_leg(mirror->primary, change);
 	mirror_recent_mark(mirror, change->off, change->len);
