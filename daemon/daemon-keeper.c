@@ -194,7 +194,12 @@ suspends int daemon_hand_over(struct daemon *daemon, bool force, struct err *err
 	int ret = daemon_begin_change(daemon, err);
 	if (ret)
 		return ret;
-	ret = keeper_call(daemon->keeper, KEEPER_UPGRADE, &message, -1, NULL, err);
+	/* Neither the new program nor, if that fails, this one could start with a file that is wrong. */
+	ret = reload_check(daemon, err);
+	if (ret)
+		err_wrap(err, "upgrade: nothing was changed");
+	else
+		ret = keeper_call(daemon->keeper, KEEPER_UPGRADE, &message, -1, NULL, err);
 	if (!ret) {
 		daemon->parking = true;
 		daemon_stop(daemon);

@@ -17,6 +17,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "base/cleanup.h"
 #include "base/log.h"
@@ -178,8 +179,7 @@ static suspends int check_steps(struct reload *reload, struct err *err)
 		return 0;
 	if (count > 1)
 		snprintf(more, sizeof(more), " (and %u more: see reload --dry-run)", count - 1);
-	return err_set(err, EBUSY, "reload: nothing was changed: export \"%s\": %s%s", first->name,
-		first->refusal.text, more);
+	return err_set(err, EBUSY, "export \"%s\": %s%s", first->name, first->refusal.text, more);
 }
 
 /* --- exports go, change and come -------------------------------------------------------------- */
@@ -400,8 +400,8 @@ static void log_steps(const struct config_diff *diff)
 		log_info("reload: nothing changed");
 }
 
-static suspends int reload_locked(
-	struct reload *reload, bool dry_run, json_t **steps, struct err *err)
+/* Reads the file, and finds the steps. */
+static suspends int compare(struct reload *reload, struct err *err)
 {
 	struct daemon *daemon = reload->daemon;
 	struct reading reading = { .daemon = daemon, .config = &reload->next, .err = err };
@@ -411,10 +411,22 @@ static suspends int reload_locked(
 	if (!ret)
 		ret = check_together(
 			daemon, reload->next->exports, reload->next->export_count, false, err);
+	if (!ret)
+		make_diff(daemon, reload->next, &reload->diff);
+	return ret;
+}
+
+static suspends int reload_locked(
+	struct reload *reload, bool dry_run, json_t **steps, struct err *err)
+{
+	struct daemon *daemon = reload->daemon;
+	int ret = compare(reload, err);
+
 	if (ret)
 		return ret;
-	make_diff(daemon, reload->next, &reload->diff);
 	ret = check_steps(reload, err);
+	if (ret)
+		err_wrap(err, "reload: nothing was changed");
 	if (!dry_run) {
 		if (!ret)
 			ret = apply(reload, err);
@@ -428,6 +440,14 @@ static suspends int reload_locked(
 	return 0;
 }
 
+static void reload_fini(struct reload *reload)
+{
+	nbd_door_discard(reload->nbd_door);
+	control_discard(reload->control);
+	config_diff_fini(&reload->diff);
+	config_free(reload->next);
+}
+
 suspends int reload(struct daemon *daemon, bool dry_run, json_t **steps, struct err *err)
 {
 	struct reload reload = { .daemon = daemon };
@@ -439,16 +459,27 @@ suspends int reload(struct daemon *daemon, bool dry_run, json_t **steps, struct 
 	if (!dry_run)
 		keeper_tell(daemon->keeper, KEEPER_RELOADING, "Reloading the config");
 	ret = reload_locked(&reload, dry_run, steps, err);
-	nbd_door_discard(reload.nbd_door);
-	control_discard(reload.control);
-	config_diff_fini(&reload.diff);
-	config_free(reload.next);
+	reload_fini(&reload);
 	if (!dry_run)
 		daemon_keep_listeners(daemon);
 	if (!dry_run && !daemon->stopping)
 		keeper_tell(daemon->keeper, KEEPER_READY, "%s", "");
 	daemon_end_change(daemon);
 	return ret;
+}
+
+suspends int reload_check(struct daemon *daemon, struct err *err)
+{
+	struct reload reload = { .daemon = daemon };
+	bool root = !geteuid();
+	int ret = compare(&reload, err);
+
+	if (!ret)
+		ret = check_steps(&reload, err);
+	if (!ret && root)
+		ret = prepare(&reload, err);
+	reload_fini(&reload);
+	return ret == -EACCES && !root ? 0 : ret;
 }
 
 static suspends void signalled(void *arg)

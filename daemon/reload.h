@@ -21,6 +21,13 @@ struct daemon;
  */
 suspends int reload(struct daemon *daemon, bool dry_run, json_t **steps, struct err *err);
 
+/*
+ * Whether a server that starts now finds a file that it can start with, and takes nothing from anybody by it: an
+ * error as reload(), as far as it can be found out without a change. Within daemon_begin_change(). What only
+ * root may read or bind is not looked at by a server that is not root: its successor begins as root.
+ */
+suspends int reload_check(struct daemon *daemon, struct err *err);
+
 /* Starts one and returns; what comes of it is told in the log. */
 void reload_by_signal(struct daemon *daemon);
 
