@@ -7,6 +7,7 @@
  *
  * A primary that hangs would hold the lock for good. A forced promotion gives it up after a while, which ends the
  * requests of layers that can (blk_abandon()); those that fail for it wait for the promotion and are asked again.
+ * It stays left when the promotion fails then: what it would still carry out of what it was sent, nobody knows.
  */
 #include <assert.h>
 #include <errno.h>
@@ -308,6 +309,9 @@ static suspends int promote_locked(
 		ret = flush_legs(mirror, keep, err);
 	if (!ret)
 		ret = commit(mirror, promotion, err);
+	if (ret && mirror->primary_left)
+		err_wrap(err, "the primary was left already, and requests fail until a promotion "
+			      "succeeds: mend this, and promote again with --force");
 	if (ret)
 		return ret;
 	if (keep) {

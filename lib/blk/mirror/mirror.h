@@ -63,7 +63,8 @@ struct mirror_promotion {
 	bool force, keep;
 	/*
 	 * Called when both legs are still and flushed: makes it durable that the export is `stack` (a CONF_LIST) from
-	 * now on. When it fails nothing has changed. NULL: nobody remembers.
+	 * now on. When it fails nothing has changed, but for a primary that hung and was left: that fails its
+	 * requests, until a promotion succeeds. NULL: nobody remembers.
 	 */
 	suspends int (*commit)(void *arg, const struct conf *stack, struct err *err);
 	void *arg;
