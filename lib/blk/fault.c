@@ -28,7 +28,7 @@ struct fault {
 	const struct conf *ops, *delay_ops, *hang_ops;
 	uint64_t from, to;
 	int error; /* index in error_names */
-	int64_t every, countdown, permille, delay_us, delay_random_us, seed;
+	int64_t every, countdown, permille, delay_us, delay_random_us, seed, log_disk;
 	bool sticky, torn;
 	const char *log;
 
@@ -67,6 +67,8 @@ static const struct opt fault_options[] = {
 	{ "hang-ops", OPT_STRINGS, OPT(hang_ops), .help = "which never end; none by default" },
 	{ "seed", OPT_INT, OPT(seed), "1", .help = "of the random numbers" },
 	{ "log", OPT_STRING, OPT(log), .help = "file that gets every change; see fault.h" },
+	{ "log-disk", OPT_INT, OPT(log_disk), .max = 255,
+		.help = "number of the disk, where several share a log; 0 begins it" },
 	{ 0 },
 };
 
@@ -243,10 +245,14 @@ static suspends int fault_open(struct blk *blk, struct err *err)
 	co_queue_init(&fault->hanging);
 	fault->log_fd = -1;
 	fault->random = (uint64_t)fault->seed * UINT64_C(0x9e3779b97f4a7c15) + 1;
+	fault->last_id = (uint64_t)fault->log_disk << FAULT_LOG_DISK_SHIFT;
 	if (fault->log) {
-		fault->log_fd = open(fault->log, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
-		if (fault->log_fd < 0 ||
-			log_record(fault, FAULT_LOG_OPEN, 0, 0, blk->caps.size, 0, NULL) < 0)
+		int emptied = fault->log_disk ? 0 : O_TRUNC;
+
+		fault->log_fd = open(
+			fault->log, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | emptied, 0600);
+		if (fault->log_fd < 0 || log_record(fault, FAULT_LOG_OPEN, fault->last_id, 0,
+						 blk->caps.size, 0, NULL) < 0)
 			return err_sys(err, errno, "log \"%s\"", fault->log);
 	}
 	return rules_from_options(fault, &fault->rules, err);

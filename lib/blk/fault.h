@@ -61,9 +61,13 @@ uint64_t fault_failed(const struct blk *fault);
  * - it had returned with success before a flush began that has returned with success, or it had FUA and
  *   has returned with success: then it is there wholly, below whatever of later ones is there.
  *
+ * Disks that belong together can share a log, which then has the order of all of their changes: option `log-disk`
+ * gives each of them a number. The one with 0 is to be opened first, and begins the log. A flush is of one disk.
+ *
  * A write that the layer fails without passing it on leaves no record; a torn one leaves its prefix.
  */
-#define FAULT_LOG_MAGIC 0x42534c47U /* "BSLG", at the start of each record */
+#define FAULT_LOG_MAGIC      0x42534c47U /* "BSLG", at the start of each record */
+#define FAULT_LOG_DISK_SHIFT 56
 
 enum fault_log_kind {
 	FAULT_LOG_WRITE = 1,   /* followed by len bytes of data */
@@ -72,14 +76,14 @@ enum fault_log_kind {
 	FAULT_LOG_FLUSH = 4,
 	FAULT_LOG_RESIZE = 5, /* len is the new size */
 	FAULT_LOG_RETURN = 6, /* of the operation with this id; off is 0 or the positive errno */
-	FAULT_LOG_OPEN = 7,   /* the first record: len is the size of the disk */
+	FAULT_LOG_OPEN = 7,   /* the first record of a disk: len is its size */
 };
 
 struct fault_log_record {
 	be32 magic;
 	be16 kind;  /* enum fault_log_kind */
 	be16 flags; /* enum blk_flags */
-	be64 id;    /* counts the operations from 1 */
+	be64 id; /* counts the operations of a disk from 1; above FAULT_LOG_DISK_SHIFT: of which */
 	be64 off, len;
 };
 

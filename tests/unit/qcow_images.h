@@ -50,6 +50,22 @@ static const struct image_kind image_kinds[] = {
 
 #define IMAGE_KINDS (sizeof(image_kinds) / sizeof(image_kinds[0]))
 
+/* The same with an external data file, "data": whose layers the test names in layer_options. */
+static const struct {
+	const char *name, *create_options;
+	bool raw; /* it is a raw image at all times */
+} image_data_kinds[] = {
+	{ "data-64k", "cluster_size=64k,data_file=data" },
+	{ "data-512", "cluster_size=512,data_file=data" },
+	{ "data-extended", "extended_l2=on,cluster_size=16k,data_file=data" },
+	{ "data-lazy", "cluster_size=4k,lazy_refcounts=on,data_file=data" },
+	{ "data-raw", "cluster_size=4k,data_file=data,data_file_raw=on", true },
+	{ "data-raw-extended", "extended_l2=on,cluster_size=64k,data_file=data,data_file_raw=on",
+		true },
+};
+
+#define IMAGE_DATA_KINDS (sizeof(image_data_kinds) / sizeof(image_data_kinds[0]))
+
 __attribute__((format(printf, 1, 2))) static inline int image_command(const char *fmt, ...)
 {
 	char command[1024];

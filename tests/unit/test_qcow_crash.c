@@ -11,6 +11,9 @@
  * Every sector written carries its number and a generation, so what is read tells when it was written, and
  * data of another sector is noticed. Requests that overlap are serialized by the test.
  *
+ * An image with an external data file is two disks with one log (fault.h): each has flushes of its own. Of a raw data
+ * file alone the same is asked.
+ *
  * Beside the workers that write, zero, discard and flush, there run compactions, changes of the disk's size, and
  * snapshots that come, go, and are gone back to.
  *
@@ -63,6 +66,8 @@ struct crash {
 	struct test_stack stack;
 	struct seed seed;
 	const struct image_kind *kind;
+	const char *cut_layer; /* of the image after a cut */
+	bool data_file, raw;
 	uint8_t *base; /* the disk before everything; generation 0 of a history */
 	struct history *sectors;
 	struct flush flushes[WORKERS * OPERATIONS + ROUNDS + 1];
@@ -196,7 +201,7 @@ static suspends void compactor(void *arg)
 {
 	struct crash *crash = arg;
 
-	for (int i = 0; i < ROUNDS; i++) {
+	for (int i = 0; i < ROUNDS && !crash->data_file; i++) {
 		struct qcow_compact job = { 0 };
 
 		nap(crash, 20);
@@ -306,8 +311,10 @@ static suspends void returner(void *arg)
 
 /* --- the disk after a power cut --------------------------------------------------------------- */
 
+#define DISKS 2 /* the image, and its data file */
+
 struct operation {
-	unsigned kind;
+	unsigned kind, disk;
 	bool fua;
 	uint64_t id, off, len;
 	const uint8_t *data;
@@ -340,6 +347,7 @@ static void parse_log(struct log *log, const char *path)
 		const struct fault_log_record *record = (const void *)(log->bytes + at);
 		struct operation op = { .kind = be16_get(record->kind),
 			.fua = be16_get(record->flags) & BLK_FUA,
+			.disk = (unsigned)(be64_get(record->id) >> FAULT_LOG_DISK_SHIFT),
 			.id = be64_get(record->id),
 			.off = be64_get(record->off),
 			.len = be64_get(record->len),
@@ -362,13 +370,13 @@ static void parse_log(struct log *log, const char *path)
 	}
 }
 
-/* The begin of the last flush below that had returned at the cut: what returned before it is durable. */
-static uint64_t durable_before(const struct log *log, uint64_t cut)
+/* The begin of the disk's last flush that had returned at the cut: what returned before it is durable. */
+static uint64_t durable_before(const struct log *log, unsigned disk, uint64_t cut)
 {
 	uint64_t begun = 0;
 
 	for (size_t i = 0; i < log->count; i++)
-		if (log->operations[i].kind == FAULT_LOG_FLUSH &&
+		if (log->operations[i].kind == FAULT_LOG_FLUSH && log->operations[i].disk == disk &&
 			log->operations[i].returned <= cut)
 			begun = MAX(begun, log->operations[i].begun);
 	return begun;
@@ -382,21 +390,31 @@ static void apply_part(uint8_t *disk, const struct operation *op, uint64_t from,
 		memset(disk + op->off + from, 0, len);
 }
 
+/* What a disk of the log held before everything. */
+struct before {
+	uint8_t *bytes;
+	uint64_t len;
+	const char *cut_path; /* gets the disk after a cut */
+};
+
 /* A disk as it may be after a cut; `survival` of 256 sectors not yet durable are there. */
-static void make_cut_disk(struct crash *crash, const struct log *log, uint64_t cut,
-	const uint8_t *image, uint64_t image_len, unsigned survival)
+static void make_cut_disk(struct crash *crash, const struct log *log, uint64_t cut, unsigned number,
+	const struct before *before, unsigned survival)
 {
-	uint64_t durable = durable_before(log, cut), size = image_len, largest = image_len;
+	uint64_t durable = durable_before(log, number, cut), size = before->len, largest = size;
 
 	for (size_t i = 0; i < log->count; i++)
-		if (log->operations[i].kind == FAULT_LOG_RESIZE)
+		if (log->operations[i].kind == FAULT_LOG_RESIZE &&
+			log->operations[i].disk == number)
 			largest = MAX(largest, log->operations[i].len);
 	uint8_t *disk = calloc(1, largest);
-	memcpy(disk, image, image_len);
+	memcpy(disk, before->bytes, before->len);
 	for (size_t i = 0; i < log->count && log->operations[i].begun < cut; i++) {
 		const struct operation *op = &log->operations[i];
 		bool there = op->returned <= durable || (op->fua && op->returned <= cut);
 
+		if (op->disk != number)
+			continue;
 		if (op->kind == FAULT_LOG_RESIZE && there && op->len < size)
 			memset(disk + op->len, 0, largest - op->len);
 		if (op->kind == FAULT_LOG_RESIZE)
@@ -411,7 +429,7 @@ static void make_cut_disk(struct crash *crash, const struct log *log, uint64_t c
 				apply_part(disk, op, at, step);
 		}
 	}
-	image_write_file("cut.qcow2", disk, size);
+	image_write_file(before->cut_path, disk, size);
 	free(disk);
 }
 
@@ -463,54 +481,6 @@ static void print_history(const struct crash *crash, uint64_t sector)
 			(unsigned long long)crash->flushes[i].end);
 }
 
-static suspends void verify_cut(struct crash *crash, uint64_t cut)
-{
-	struct test_stack stack;
-	uint8_t *disk = malloc(DISK_SIZE);
-
-	image_check("cut.qcow2", true);
-	test_stack_open(
-		&stack, "( %s, { layer = 'file'; path = 'cut.qcow2' } )", image_layer(crash->kind));
-	ck_assert_int_eq(blk_read(stack.top, 0, disk, DISK_SIZE), 0);
-	for (uint64_t sector = 0; sector < SECTORS; sector++) {
-		const uint64_t *words = (const void *)(disk + sector * SECTOR);
-
-		if (sector_allowed(crash, sector, disk + sector * SECTOR, cut))
-			continue;
-		print_history(crash, sector);
-		ck_abort_msg("%s: after a cut at %llu sector %llu reads %#llx %#llx",
-			crash->kind->name, (unsigned long long)cut, (unsigned long long)sector,
-			(unsigned long long)words[0], (unsigned long long)words[1]);
-	}
-	test_stack_close(&stack);
-	image_check("cut.qcow2", true);
-	free(disk);
-}
-
-static suspends void verify_cuts(struct crash *crash, const uint8_t *image, uint64_t image_len)
-{
-	const char *given = getenv("CUTS");
-	int cuts = given ? atoi(given) : CUTS;
-	struct log log;
-
-	parse_log(&log, "changes.log");
-	for (int i = 0; i < cuts; i++) {
-		uint64_t cut = seed_below(&crash->seed, log.len + 1);
-		static const unsigned survivals[] = { 0, 64, 128, 192, 256 };
-
-		make_cut_disk(crash, &log, cut, image, image_len,
-			survivals[seed_below(&crash->seed, ARRAY_LEN(survivals))]);
-		verify_cut(crash, cut);
-	}
-	free(log.bytes);
-	free(log.operations);
-}
-
-static void fill_random(void *arg, uint8_t *buf, size_t len)
-{
-	seed_fill(arg, buf, len);
-}
-
 static uint8_t *read_file(const char *path, uint64_t *len)
 {
 	struct stat st;
@@ -525,25 +495,80 @@ static uint8_t *read_file(const char *path, uint64_t *len)
 	return bytes;
 }
 
-static suspends void run_kind(const struct image_kind *kind, struct seed *seed)
+static void verify_disk(struct crash *crash, uint64_t cut, const char *what, const uint8_t *disk)
 {
-	struct crash *crash = calloc(1, sizeof(*crash));
-	uint64_t image_len;
+	for (uint64_t sector = 0; sector < SECTORS; sector++) {
+		const uint64_t *words = (const void *)(disk + sector * SECTOR);
 
-	printf("  %s\n", kind->name);
-	fflush(stdout);
-	crash->kind = kind;
-	crash->seed = *seed;
-	crash->base = malloc(DISK_SIZE);
-	crash->sectors = calloc(SECTORS, sizeof(*crash->sectors));
-	image_make(kind, "image.qcow2", crash->base, DISK_SIZE, fill_random, &crash->seed);
-	uint8_t *image = read_file("image.qcow2", &image_len);
+		if (sector_allowed(crash, sector, disk + sector * SECTOR, cut))
+			continue;
+		print_history(crash, sector);
+		ck_abort_msg("%s: after a cut at %llu sector %llu %s %#llx %#llx",
+			crash->kind->name, (unsigned long long)cut, (unsigned long long)sector,
+			what, (unsigned long long)words[0], (unsigned long long)words[1]);
+	}
+}
+
+/* What was not flushed, the image may not show although the data file has it; else they tell the same. */
+static void verify_raw(struct crash *crash, uint64_t cut)
+{
+	uint64_t len;
+	uint8_t *raw = read_file("cut.data", &len);
+
+	ck_assert_uint_ge(len, DISK_SIZE);
+	verify_disk(crash, cut, "of the data file alone is", raw);
+	free(raw);
+}
+
+static suspends void verify_cut(struct crash *crash, uint64_t cut)
+{
+	struct test_stack stack;
+	uint8_t *disk = malloc(DISK_SIZE);
+
+	image_check("cut.qcow2", true);
+	test_stack_open(&stack, "( %s, { layer = 'file'; path = 'cut.qcow2' } )", crash->cut_layer);
+	ck_assert_int_eq(blk_read(stack.top, 0, disk, DISK_SIZE), 0);
+	verify_disk(crash, cut, "reads", disk);
+	if (crash->raw)
+		verify_raw(crash, cut);
+	test_stack_close(&stack);
+	image_check("cut.qcow2", true);
+	free(disk);
+}
+
+static suspends void verify_cuts(struct crash *crash, const struct before *before)
+{
+	const char *given = getenv("CUTS");
+	int cuts = given ? atoi(given) : CUTS;
+	struct log log;
+
+	parse_log(&log, "changes.log");
+	for (int i = 0; i < cuts; i++) {
+		uint64_t cut = seed_below(&crash->seed, log.len + 1);
+		static const unsigned survivals[] = { 0, 64, 128, 192, 256 };
+
+		for (unsigned disk = 0; disk < DISKS && before[disk].bytes; disk++)
+			make_cut_disk(crash, &log, cut, disk, &before[disk],
+				survivals[seed_below(&crash->seed, ARRAY_LEN(survivals))]);
+		verify_cut(crash, cut);
+	}
+	free(log.bytes);
+	free(log.operations);
+}
+
+static void fill_random(void *arg, uint8_t *buf, size_t len)
+{
+	seed_fill(arg, buf, len);
+}
+
+static suspends void run(struct crash *crash)
+{
 	range_lock_init(&crash->busy);
 	co_group_init(&crash->workers);
 	test_stack_open(&crash->stack,
 		"( %s, { layer = 'fault'; log = 'changes.log'; delay-random-us = 200; seed = %d },"
 		"  { layer = 'file'; path = 'image.qcow2' } )",
-		image_layer(kind), (int)seed_below(&crash->seed, 1 << 30));
+		image_layer(crash->kind), (int)seed_below(&crash->seed, 1 << 30));
 	crash->log_fd = open("changes.log", O_RDONLY | O_CLOEXEC);
 	for (int i = 0; i < WORKERS; i++)
 		co_group_start(&crash->workers, worker, crash);
@@ -554,24 +579,80 @@ static suspends void run_kind(const struct image_kind *kind, struct seed *seed)
 	co_group_wait(&crash->workers);
 	test_stack_close(&crash->stack);
 	close(crash->log_fd);
-	verify_cuts(crash, image, image_len);
+}
+
+/* given: what is special about the kind. */
+static suspends void run_kind(const struct crash *given, struct seed *seed)
+{
+	struct crash *crash = malloc(sizeof(*crash));
+	struct before before[DISKS] = {};
+
+	printf("  %s\n", given->kind->name);
+	fflush(stdout);
+	*crash = *given;
+	crash->seed = *seed;
+	crash->base = malloc(DISK_SIZE);
+	crash->sectors = calloc(SECTORS, sizeof(*crash->sectors));
+	image_make(crash->kind, "image.qcow2", crash->base, DISK_SIZE, fill_random, &crash->seed);
+	before[0].cut_path = "cut.qcow2";
+	before[0].bytes = read_file("image.qcow2", &before[0].len);
+	if (crash->data_file) {
+		before[1].cut_path = "cut.data";
+		before[1].bytes = read_file("data", &before[1].len);
+	}
+	run(crash);
+	verify_cuts(crash, before);
 	for (uint64_t i = 0; i < SECTORS; i++)
 		free(crash->sectors[i].versions);
 	free(crash->sectors);
 	free(crash->base);
-	free(image);
+	for (unsigned disk = 0; disk < DISKS; disk++)
+		free(before[disk].bytes);
 	*seed = crash->seed;
 	free(crash);
 }
 
-CO_TEST(test_power_cuts)
+static bool is_wanted(const char *name)
 {
 	const char *only = getenv("KIND");
+
+	return !only || !strcmp(only, name);
+}
+
+CO_TEST(test_power_cuts)
+{
 	struct seed seed = seed_start("qcow power cuts");
 
-	for (size_t i = 0; i < IMAGE_KINDS; i++)
-		if (!only || !strcmp(only, image_kinds[i].name))
-			run_kind(&image_kinds[i], &seed);
+	for (size_t i = 0; i < IMAGE_KINDS; i++) {
+		struct crash crash = { .kind = &image_kinds[i] };
+
+		crash.cut_layer = strdup(image_layer(crash.kind));
+		if (is_wanted(crash.kind->name))
+			run_kind(&crash, &seed);
+		free((char *)crash.cut_layer);
+	}
+}
+
+CO_TEST(test_power_cuts_with_a_data_file)
+{
+	struct seed seed = seed_start("qcow power cuts, data file");
+
+	for (size_t i = 0; i < IMAGE_DATA_KINDS; i++) {
+		struct image_kind kind = { .name = image_data_kinds[i].name,
+			.create_options = image_data_kinds[i].create_options,
+			.layer_options = "data-file = ( { layer = 'fault'; log = 'changes.log'; "
+					 "log-disk = 1; delay-random-us = 200 }, "
+					 "{ layer = 'file'; path = 'data' } );" };
+		struct crash crash = { .kind = &kind,
+			.cut_layer = "{ layer = 'qcow'; "
+				     "data-file = ( { layer = 'file'; path = 'cut.data' } ) }",
+			.data_file = true,
+			.raw = image_data_kinds[i].raw };
+
+		image_must("rm -f data");
+		if (is_wanted(kind.name))
+			run_kind(&crash, &seed);
+	}
 }
 
 int main(void)
@@ -581,6 +662,7 @@ int main(void)
 
 	tcase_set_timeout(tcase, TEST_TIMEOUT_S);
 	tcase_add_test(tcase, test_power_cuts);
+	tcase_add_test(tcase, test_power_cuts_with_a_data_file);
 	suite_add_tcase(suite, tcase);
 	return test_suite(suite);
 }

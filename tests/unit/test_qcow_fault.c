@@ -29,6 +29,7 @@ struct trial {
 	struct test_stack stack;
 	struct seed seed;
 	const struct image_kind *kind;
+	bool data_file; /* which fails, too */
 	uint8_t *content;
 	bool *unknown; /* per byte */
 	struct range_lock busy;
@@ -144,6 +145,9 @@ static void choose_faults(struct trial *trial, int round)
 	if (round % 2) /* seldom twice in a row: else the first thing that fails freezes it */
 		rules.permille = 1 + rules.permille / 20;
 	fault_set(fault_find(trial->stack.top), round == ROUNDS - 1 ? NULL : &rules);
+	if (trial->data_file)
+		fault_set(fault_find(qcow_of(trial->stack.top)->data),
+			round == ROUNDS - 1 ? NULL : &rules);
 }
 
 /* Whatever failed: how many clusters are in use is known exactly, once it is. */
@@ -188,9 +192,13 @@ static suspends void run_trial(struct trial *trial)
 	image_check("image.qcow2", true);
 }
 
-static suspends void run_kind(const struct image_kind *kind, struct seed *seed)
+static suspends void run_kind(const struct image_kind *kind, bool data_file, struct seed *seed)
 {
-	struct trial trial = { .kind = kind, .seed = *seed };
+	const char *only = getenv("KIND");
+	struct trial trial = { .kind = kind, .data_file = data_file, .seed = *seed };
+
+	if (only && strcmp(only, kind->name))
+		return;
 
 	printf("  %s", kind->name);
 	fflush(stdout);
@@ -207,12 +215,25 @@ static suspends void run_kind(const struct image_kind *kind, struct seed *seed)
 
 CO_TEST(test_faults_below)
 {
-	const char *only = getenv("KIND");
 	struct seed seed = seed_start("qcow faults");
 
 	for (size_t i = 0; i < IMAGE_KINDS; i++)
-		if (!only || !strcmp(only, image_kinds[i].name))
-			run_kind(&image_kinds[i], &seed);
+		run_kind(&image_kinds[i], false, &seed);
+}
+
+CO_TEST(test_faults_below_with_a_data_file)
+{
+	struct seed seed = seed_start("qcow faults, data file");
+
+	for (size_t i = 0; i < IMAGE_DATA_KINDS; i++) {
+		struct image_kind kind = { .name = image_data_kinds[i].name,
+			.create_options = image_data_kinds[i].create_options,
+			.layer_options = "data-file = ( { layer = 'fault'; seed = 7 }, "
+					 "{ layer = 'file'; path = 'data' } );" };
+
+		image_must("rm -f data");
+		run_kind(&kind, true, &seed);
+	}
 }
 
 int main(void)
@@ -222,6 +243,7 @@ int main(void)
 
 	tcase_set_timeout(tcase, TEST_TIMEOUT_S);
 	tcase_add_test(tcase, test_faults_below);
+	tcase_add_test(tcase, test_faults_below_with_a_data_file);
 	suite_add_tcase(suite, tcase);
 	return test_suite(suite);
 }
