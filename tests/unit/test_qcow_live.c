@@ -338,6 +338,52 @@ CO_TEST(test_a_failed_flush_is_told)
 	test_stack_close(&stack);
 }
 
+static uint64_t entry_on_disk(uint64_t table_off, uint64_t index)
+{
+	int fd = open("image.qcow2", O_RDONLY | O_CLOEXEC);
+	be64 entry;
+
+	ck_assert_int_eq(pread(fd, &entry, sizeof(entry), (off_t)(table_off + index * 8)), 8);
+	close(fd);
+	return be64_get(entry);
+}
+
+/*
+ * A commit fails amid the L1 table: of two parts one is on the disk, and leads to an L2 table. What comes into that
+ * table afterwards waits for the flush of what it points to, as in any other table.
+ */
+CO_TEST(test_order_after_half_a_commit)
+{
+	struct fault_rules rules = { .ops = FAULT_WRITE, .countdown = 1, .error = EIO };
+	struct test_stack stack;
+
+	image_must("qemu-img create -q -f qcow2 -o cluster_size=512 image.qcow2 8M");
+	test_stack_open(&stack, "( { layer = 'qcow' }, { layer = 'fault' }, "
+				"{ layer = 'file'; path = 'image.qcow2' } )");
+
+	struct qcow *q = qcow_of(stack.top);
+	struct blk *fault = fault_find(stack.top);
+	uint64_t l1_off = q->header.l1_off, l2_off;
+
+	fill(stack.top, 0, 512, 1);
+	fill(stack.top, 4 * MIB, 512, 1);
+	rules.from = l1_off + 1024;
+	rules.to = l1_off + 1536;
+	fault_set(fault, &rules);
+	ck_assert_int_eq(qcow_commit(q), -EIO);
+	ck_assert_uint_eq(fault_failed(fault), 1);
+	l2_off = entry_on_disk(l1_off, 0) & QCOW_ENTRY_OFF_MASK;
+	ck_assert_uint_ne(l2_off, 0);
+
+	fill(stack.top, 512, 512, 2);
+	rules = (struct fault_rules){ .ops = FAULT_FLUSH, .countdown = 1, .error = EIO };
+	fault_set(fault, &rules);
+	ck_assert_int_eq(qcow_commit(q), -EIO);
+	ck_assert_uint_eq(entry_on_disk(l2_off, 1), 0);
+	test_stack_close(&stack);
+	image_check("image.qcow2", true);
+}
+
 struct resizer {
 	struct blk *disk;
 	int rounds;
@@ -432,6 +478,7 @@ int main(void)
 	tcase_add_test(tcase, test_refusals);
 	tcase_add_test(tcase, test_failing_storage);
 	tcase_add_test(tcase, test_a_failed_flush_is_told);
+	tcase_add_test(tcase, test_order_after_half_a_commit);
 	tcase_add_test(tcase, test_compaction_meets_others);
 	tcase_add_test(tcase, test_cancel_does_not_wait_for_the_rate);
 	suite_add_tcase(suite, tcase);

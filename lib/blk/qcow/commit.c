@@ -107,12 +107,6 @@ static int compare_items(const void *a, const void *b)
 	return x->host_off < y->host_off ? -1 : x->host_off > y->host_off;
 }
 
-/* An L2 slice waits for phase 3 unless the entry that leads to its table is not on disk yet itself. */
-static bool table_is_linked(const struct qcow *q, const struct slice *slice)
-{
-	return !bitmap_test(q->l1_dirty, slice->l1_index);
-}
-
 /* Copies everything that is dirty into c. Does not suspend. */
 static int collect(struct qcow *q, struct commit *c)
 {
@@ -126,7 +120,7 @@ static int collect(struct qcow *q, struct commit *c)
 	size_t slices = l2_count + refcount_count;
 	size_t item_count = slices + l1_sectors + table_sectors;
 
-	/* Each phase could get all of the L2 slices. */
+	/* Room for all in each phase. */
 	c->items = calloc(3 * item_count + 1, sizeof(*c->items));
 	c->slices = calloc(slices + 1, sizeof(*c->slices));
 	c->l1_dirty = calloc(l1_words + table_words + 1, sizeof(*c->l1_dirty));
@@ -140,11 +134,9 @@ static int collect(struct qcow *q, struct commit *c)
 	for (int i = 0; i < 3; i++)
 		c->phases[i].items = c->items + (size_t)i * item_count;
 
-	while (!list_empty(&q->l2_cache.dirty)) {
-		struct slice *slice = list_entry(q->l2_cache.dirty.next, struct slice, link);
-
-		add_slice(c, &c->phases[table_is_linked(q, slice) ? 2 : 0], &q->l2_cache, slice);
-	}
+	while (!list_empty(&q->l2_cache.dirty))
+		add_slice(c, &c->phases[2], &q->l2_cache,
+			list_entry(q->l2_cache.dirty.next, struct slice, link));
 	c->l2_slice_count = c->slice_count;
 	while (!list_empty(&q->refcount_cache.dirty))
 		add_slice(c, &c->phases[0], &q->refcount_cache,

@@ -160,7 +160,6 @@ static suspends int find_slice(
 		ret = cache_get(&q->l2_cache, slice_off, slice);
 	if (ret)
 		return ret;
-	(*slice)->l1_index = (uint32_t)l1_index;
 	*raw = (*slice)->data + at % q->l2_cache.slice_size;
 	if (!keep)
 		cache_put(&q->l2_cache, *slice); /* stays valid until the caller suspends */

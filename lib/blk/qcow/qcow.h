@@ -22,9 +22,9 @@
  *
  * - All changes to tables are made in memory (cache, L1, refcount table) and marked dirty. commit.c
  *   writes them in three phases with a flush of the layer below between them:
- *	1. refcount blocks; L2 tables that nothing on disk points to yet
+ *	1. refcount blocks
  *	2. the refcount table (points to blocks of phase 1)
- *	3. L2 tables and the L1 table (point to data, written before phase 1, and to tables of phase 1)
+ *	3. L2 tables and the L1 table (point to data, and to new tables, both written before phase 1)
  *   What a commit writes is copied when it begins; later changes wait for the next one.
  * - An L2 entry changes in memory only after the data it points to was written below.
  * - A cluster that is no longer pointed to keeps its refcount until the commit that unlinks it has
@@ -68,7 +68,6 @@ struct slice {
 	bool loading, dirty;
 	int load_error;
 	struct co_queue loaded;
-	uint32_t l1_index; /* of the table an L2 slice belongs to */
 };
 
 struct cache {
