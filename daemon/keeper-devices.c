@@ -175,7 +175,7 @@ static int run_resize(struct held *held, struct err *err)
 
 static int run_users(struct held *held, struct err *err)
 {
-	return kernel_dev_users(held->dev, err);
+	return kernel_dev_users(held->dev, !held->job.request.force, err);
 }
 
 static int run_release(struct held *held, struct err *err)

@@ -37,7 +37,7 @@ enum keeper_word {
 	KEEPER_RECONNECT, /* drops the journal. Answer: as CLAIM's, with new connections */
 	KEEPER_SETTLE,
 	KEEPER_RESIZE,  /* size_bytes */
-	KEEPER_USERS,   /* an error says who uses it */
+	KEEPER_USERS,   /* force: without opening it. An error says who uses it */
 	KEEPER_RELEASE, /* force */
 	KEEPER_FREE,    /* force: what is on it is lost, so it is disconnected in any case */
 	KEEPER_FORGET,  /* all listening sockets but those of the service manager */

@@ -609,12 +609,14 @@ static int check_unused(const struct kernel_dev *dev, int exclusive, struct err 
 	}
 }
 
-int kernel_dev_users(const struct kernel_dev *dev, struct err *err)
+int kernel_dev_users(const struct kernel_dev *dev, bool open_it, struct err *err)
 {
 	char path[KERNEL_NAME_LEN + 8];
 
 	if (has_ended(dev))
 		return 0;
+	if (!open_it)
+		return kernel_users_check(dev->name, &dev->fd, 1, err);
 	device_path(dev, path);
 
 	CLEANUP(fd) int exclusive = open(path, O_RDONLY | O_EXCL | O_CLOEXEC);

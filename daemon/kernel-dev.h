@@ -86,8 +86,11 @@ int kernel_dev_settle(struct kernel_dev *dev, struct err *err);
 /* Waits for requests in flight on some kernels: they must be served meanwhile. Mounted file systems see it. */
 int kernel_dev_resize(struct kernel_dev *dev, uint64_t size_bytes, struct err *err);
 
-/* -EBUSY as kernel_dev_release(), or 0. Who comes later is not kept out. */
-int kernel_dev_users(const struct kernel_dev *dev, struct err *err);
+/*
+ * -EBUSY as kernel_dev_release(), or 0. Who comes later is not kept out. Without opening it, which waits for a device that
+ * nobody serves, a mount in another mount namespace is not seen.
+ */
+int kernel_dev_users(const struct kernel_dev *dev, bool open_it, struct err *err);
 
 /*
  * Writes the device's cache back, then disconnects. Refused with -EBUSY and the names of the users while

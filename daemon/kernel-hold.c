@@ -102,7 +102,7 @@ static int call_resize(struct call *call)
 
 static int call_users(struct call *call)
 {
-	return kernel_dev_users(call->hold->dev, call->err);
+	return kernel_dev_users(call->hold->dev, true, call->err);
 }
 
 static int call_release(struct call *call)
@@ -337,6 +337,11 @@ suspends int kernel_hold_check_unused(struct kernel_hold *hold, struct err *err)
 	struct call call = { .fn = call_users, .hold = hold, .err = err };
 
 	return hold->keeper ? request(hold, KEEPER_USERS, 0, false, err) : call_blocking(&call);
+}
+
+suspends int kernel_hold_look_for_users(struct kernel_hold *hold, struct err *err)
+{
+	return request(hold, KEEPER_USERS, 0, true, err);
 }
 
 suspends int kernel_hold_release(struct kernel_hold *hold, bool force, struct err *err)

@@ -66,8 +66,9 @@ suspends int kernel_hold_reconnect(struct kernel_hold *hold, struct err *err);
 /* As kernel_dev_settle(), and the device's name is made known to udev. */
 suspends int kernel_hold_settle(struct kernel_hold *hold, struct err *err);
 suspends int kernel_hold_resize(struct kernel_hold *hold, uint64_t size_bytes, struct err *err);
-/* As kernel_dev_users(). */
+/* As kernel_dev_users(); the second one, with a keeper only, for a device that nobody serves. */
 suspends int kernel_hold_check_unused(struct kernel_hold *hold, struct err *err);
+suspends int kernel_hold_look_for_users(struct kernel_hold *hold, struct err *err);
 suspends int kernel_hold_release(struct kernel_hold *hold, bool force, struct err *err);
 
 /*

@@ -25,7 +25,6 @@
 #include "base/util.h"
 #include "daemon/export.h"
 #include "daemon/kernel-hold.h"
-#include "daemon/kernel-users.h"
 #include "nbd/journal.h"
 #include "nbd/server.h"
 #include "rt/lock.h"
@@ -383,31 +382,14 @@ bool kernel_kept_by_hand(const struct list *link)
 	return list_entry(link, const struct kernel_door, link)->hold.by_hand;
 }
 
-struct looking {
-	const char *name;
-	struct err *users;
-	int ret;
-};
-
-static void look_for_users(void *arg)
-{
-	struct looking *looking = arg;
-
-	looking->ret = kernel_users_check(looking->name, NULL, 0, looking->users);
-}
-
-suspends bool kernel_kept_is_used(const struct list *link, struct err *users)
-{
-	const struct kernel_door *door = list_entry(link, const struct kernel_door, link);
-	struct looking looking = { .name = door->hold.name, .users = users };
-
-	co_offload(look_for_users, &looking);
-	return looking.ret;
-}
-
 struct kernel_door *kernel_kept_door(struct list *link)
 {
 	return list_entry(link, struct kernel_door, link);
+}
+
+suspends bool kernel_kept_is_used(struct list *link, struct err *users)
+{
+	return kernel_hold_look_for_users(&kernel_kept_door(link)->hold, users);
 }
 
 static suspends void look_at_cache(void *arg)

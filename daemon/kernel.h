@@ -68,8 +68,11 @@ suspends int kernel_find_kept(struct keeper_link *keeper, struct list *doors, st
 const char *kernel_kept_export(const struct list *link);
 struct kernel_door *kernel_kept_door(struct list *link);
 bool kernel_kept_by_hand(const struct list *link);
-/* As far as can be seen without opening it, which would wait for somebody to serve it. users: who. */
-suspends bool kernel_kept_is_used(const struct list *link, struct err *users);
+/*
+ * As far as can be seen without opening it, which would wait for somebody to serve it. users: who. The keeper looks: an
+ * ordinary user does not see who has it open.
+ */
+suspends bool kernel_kept_is_used(struct list *link, struct err *users);
 
 /*
  * Goes on where the last server was; before nbd has other clients. On an error the door stays in its list:
