@@ -72,6 +72,7 @@ struct life {
 	unsigned early_deaths; /* in a row */
 	uint32_t restarts;
 	char last_end[KEEPER_TEXT_LEN];
+	bool trying; /* the server is of the upgrade, not ready yet */
 	bool told_ready, stop_wanted, done;
 	bool leaving; /* for another start, which takes everything over */
 	int status;   /* of the keeper, once done */
@@ -88,6 +89,13 @@ static uint64_t now_ns(void)
 	return (uint64_t)now.tv_sec * NS_PER_SEC + (uint64_t)now.tv_nsec;
 }
 
+/* When none runs nothing happens. */
+static void kill_server(const struct keeper *keeper)
+{
+	if (keeper->server)
+		kill(keeper->server, SIGKILL);
+}
+
 void keeper_say(struct keeper *keeper, enum keeper_word word, const struct keeper_message *said,
 	const int *fds, unsigned fd_count)
 {
@@ -102,8 +110,7 @@ void keeper_say(struct keeper *keeper, enum keeper_word word, const struct keepe
 		return;
 	/* It waits for this answer, or has not read for ages. */
 	log_error("keeper: the server does not listen: %s; killing it", strerror(-ret));
-	if (keeper->server)
-		kill(keeper->server, SIGKILL);
+	kill_server(keeper);
 }
 
 /* --- starting a server ------------------------------------------------------------------------ */
@@ -139,7 +146,8 @@ static void start_server(struct life *life)
 	keeper->sock = pair[0];
 	life->phase = STARTING;
 	life->started_ns = life->alive_ns = now_ns();
-	life->upgrade_until_ns = life->upgrade >= 0 ? life->started_ns + UPGRADE_NS : NEVER;
+	life->trying = life->upgrade >= 0;
+	life->upgrade_until_ns = life->trying ? life->started_ns + UPGRADE_NS : NEVER;
 }
 
 /* --- the end of a server ---------------------------------------------------------------------- */
@@ -220,6 +228,8 @@ static void forget_upgrade(struct life *life, const char *why)
 		"upgrade failed: the new program %s; this is the old one", why);
 	close(life->upgrade);
 	life->upgrade = -1;
+	life->trying = false;
+	life->upgrade_until_ns = NEVER;
 	life->restarts++;
 	life->start_at_ns = now_ns();
 }
@@ -255,7 +265,7 @@ static void server_ended(struct life *life, int status)
 		life->start_at_ns = now_ns();
 		return;
 	}
-	if (life->upgrade >= 0)
+	if (life->trying)
 		return forget_upgrade(life, text);
 	snprintf(life->last_end, sizeof(life->last_end), "%s", text);
 	if (life->stop_wanted) {
@@ -281,11 +291,12 @@ static void server_ready(struct life *life)
 {
 	life->phase = SERVING;
 	life->alive_ns = now_ns();
-	if (life->upgrade >= 0) {
+	if (life->trying) {
 		log_info("keeper: the new program serves");
 		close(life->program);
 		life->program = life->upgrade;
 		life->upgrade = -1;
+		life->trying = false;
 		life->upgrade_until_ns = NEVER;
 	}
 	life->told_ready = true;
@@ -469,8 +480,7 @@ static void hear_server(struct life *life, unsigned most)
 		log_error("keeper: the server talks nonsense; killing it");
 	if (ret && ret != -EPROTO)
 		return;
-	if (keeper->server)
-		kill(keeper->server, SIGKILL); /* it ends anyhow, or should */
+	kill_server(keeper); /* it ends anyhow, or should */
 	stop_listening(keeper);
 }
 
@@ -560,7 +570,7 @@ static void look_after_watchdog(struct life *life, uint64_t now)
 		now - life->alive_ns >= life->watchdog_ns) {
 		log_error("keeper: the server has not moved for %u s; killing it",
 			(unsigned)(life->watchdog_ns / NS_PER_SEC));
-		kill(life->keeper.server, SIGKILL);
+		kill_server(&life->keeper);
 		life->alive_ns = now;
 	}
 	if (now - life->fed_ns >= life->watchdog_ns / 4) {
@@ -577,7 +587,7 @@ static void look_at_clock(struct life *life)
 		life->upgrade_until_ns = NEVER;
 		log_error("keeper: the new program is not ready after %u s; killing it",
 			(unsigned)(UPGRADE_NS / NS_PER_SEC));
-		kill(life->keeper.server, SIGKILL);
+		kill_server(&life->keeper);
 	}
 	if (!life->keeper.server && now >= life->start_at_ns)
 		start_server(life);
