@@ -114,7 +114,7 @@ $(UNITS) $(HELPERS): $O/%: $O/%.o $O/libblkstack.a
 $O/daemon/control.o: daemon/org.blkstack.varlink
 $O/tests/unit/test_varlink $O/tests/fuzz/varlink: $O/daemon/varlink.o
 
-$O/tests/helpers/keeper-hostile: $O/daemon/keeper-wire.o
+$O/tests/helpers/keeper-hostile: $O/daemon/keeper-wire.o $O/daemon/privileges.o
 $O/tests/helpers/kernel-device: $(patsubst %,$O/daemon/kernel-%.o,dev dev-ioctl dev-netlink lock memory netlink \
 	sysfs udev users)
 $O/tests/helpers/kernel-device: LDLIBS += $(DAEMON_LIBS)

@@ -2,26 +2,33 @@
  * A server that its keeper must survive. Installed in the place of blkstackd and started by an upgrade, it has
  * the keeper's socket (--server=N) and does what HOSTILE in the environment says:
  *
- *	a way to misbehave	see the table at the end; it then waits to be killed, or ends with 3
+ *	a way to misbehave	see the table at the end; it then waits to be killed, or ends with 3. One is what the user
+ *				of a config, who the server becomes, must not be able to do
  *	random SEED		requests with random contents and descriptors, all of which are answered
  *
  * What it is answered is checked here, what becomes of the keeper in tests/integration/keeper-hostile.test. A
  * check that fails is told on standard error, and is status 1.
  */
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <pwd.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/ptrace.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <sys/un.h>
 #include <unistd.h>
 
 #include "base/util.h"
 #include "daemon/keeper-wire.h"
+#include "daemon/privileges.h"
 
 #define CHECK(cond)                                                                         \
 	do {                                                                                \
@@ -276,6 +283,98 @@ static void parks_at_once(void)
 		NULL, 0);
 }
 
+/* --- what an ordinary user cannot do ------------------------------------------------------------ */
+
+static bool is_denied(int ret)
+{
+	return ret < 0 && (errno == EACCES || errno == EPERM);
+}
+
+static void check_closed(const char *path)
+{
+	static const int modes[] = { O_RDONLY, O_WRONLY, O_RDWR };
+
+	for (size_t i = 0; i < ARRAY_LEN(modes); i++) {
+		int fd = open(path, modes[i] | O_NONBLOCK | O_CLOEXEC);
+
+		if (is_denied(fd) || (fd < 0 && errno == ENOENT))
+			continue;
+		fprintf(stderr, "HOSTILE: %s opens: %d, %s\n", path, fd, strerror(errno));
+		exit(1);
+	}
+}
+
+/* Disks: each of them, whoever else may use it. */
+static void check_block_devices(void)
+{
+	DIR *dir = opendir("/dev");
+	struct dirent *entry;
+	char path[512];
+
+	CHECK(dir);
+	while ((entry = readdir(dir))) {
+		struct stat stat;
+
+		snprintf(path, sizeof(path), "/dev/%s", entry->d_name);
+		if (!lstat(path, &stat) && S_ISBLK(stat.st_mode))
+			check_closed(path);
+	}
+	closedir(dir);
+	check_closed("/dev/mem");
+	CHECK(is_denied(mknod("node", S_IFBLK | 0600, makedev(7, 0))));
+}
+
+static void check_keeper(pid_t keeper)
+{
+	static const char *const files[] = { "mem", "environ", "fd/3", "maps" };
+	char path[64];
+
+	for (size_t i = 0; i < ARRAY_LEN(files); i++) {
+		snprintf(path, sizeof(path), "/proc/%d/%s", (int)keeper, files[i]);
+		check_closed(path);
+	}
+	CHECK(is_denied(kill(keeper, SIGKILL)));
+	CHECK(is_denied((int)ptrace(PTRACE_SEIZE, keeper, NULL, NULL)));
+}
+
+/* Besides standard input and the like there are sockets to have, and nothing else that the keeper has open. */
+static void check_inherited(void)
+{
+	char path[64], target[512];
+
+	for (int fd = STDERR_FILENO + 1; fd < 1024; fd++) {
+		snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+		ssize_t len = readlink(path, target, sizeof(target) - 1);
+		if (len < 0)
+			continue;
+		target[len] = '\0';
+		if (!strncmp(target, "socket:", strlen("socket:")))
+			continue;
+		fprintf(stderr, "HOSTILE: it was started with %d open, %s\n", fd, target);
+		exit(1);
+	}
+}
+
+/* As the configured user, which a server becomes by the same function, from the state in which the keeper starts it. */
+static void ordinary_user(void)
+{
+	const struct passwd *nobody = getpwnam("nobody");
+	const pid_t keeper = getppid();
+	struct err err;
+
+	check_inherited();
+	CHECK(nobody && !privileges_drop(nobody->pw_uid, nobody->pw_gid, &err));
+	CHECK(is_denied(setuid(0)) && is_denied(setgid(0)));
+	check_keeper(keeper);
+	check_block_devices();
+	check_closed("/etc/shadow");
+	check_closed("secret"); /* of the test, which is root */
+	CHECK(is_denied(open("file", O_WRONLY | O_CREAT | O_CLOEXEC, 0600)));
+	CHECK(is_denied(unlink("control")) && is_denied(unlink("secret")));
+	CHECK(is_denied(open("/run/blkstack/lock/nbd0", O_RDWR | O_CREAT | O_CLOEXEC, 0600)) ||
+		errno == ENOENT);
+}
+
 /* --- what it does in between ------------------------------------------------------------------- */
 
 /* Nobody is there to take the answer. */
@@ -361,6 +460,7 @@ static const struct {
 	{ "another_version", another_version },
 	{ "another_version_stops", another_version_stops },
 	{ "parks_at_once", parks_at_once },
+	{ "ordinary_user", ordinary_user },
 	{ "dies_in_a_claim", dies_in_a_claim },
 	{ "floods", floods },
 	{ "random", random_requests },
