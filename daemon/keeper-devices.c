@@ -215,7 +215,8 @@ static int job_start(
 	pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
 	int ret = pthread_create(&thread, &attr, job_thread, held);
 	pthread_attr_destroy(&attr);
-	held->job.running = !ret;
+	if (ret) /* UNTESTED */
+		held->job = (struct job){ .journal = -1 };
 	return -ret;
 }
 
@@ -285,25 +286,26 @@ static void take_new_ends(struct held *held)
 static void job_done(struct held *held)
 {
 	struct job *job = &held->job;
+	job_fn *run = job->run;
+	int ret = job->ret;
 
 	job->running = false;
-	if (job->run == run_reconnect && !job->ret)
+	if (run == run_reconnect && !ret)
 		take_new_ends(held);
-	if (job->run == run_resize && !job->ret)
+	if (run == run_resize && !ret)
 		held->facts.size_bytes = job->request.size_bytes;
-	if (job->run == run_settle)
+	if (run == run_settle)
 		held->facts.settled = true;
-	if (job->run == run_settle || job->run == run_resize)
+	if (run == run_settle || run == run_resize)
 		store_note_device(held);
-	if (job->run == run_claim && !job->ret && job->server != held->keeper->server_id) {
-		job->server = 0;
-		if (!job_start(held, NULL, 0, run_free))
+	if (run == run_claim && !ret) {
+		/* Without a thread to undo it the next server finds it. */
+		if (job->server != held->keeper->server_id && !job_start(held, NULL, 0, run_free))
 			return;
-	}
-	if (job->run == run_claim && !job->ret)
 		store_put_device(held);
+	}
 	answer_job(held);
-	if (job->run == run_free || (job->run == run_claim && job->ret))
+	if (run == run_free || (run == run_claim && ret))
 		held_free(held);
 }
 
@@ -455,8 +457,11 @@ static void change(struct keeper *keeper, const struct keeper_message *request)
 		return refuse(keeper, request, EBUSY, "the device is being changed already");
 	if (request->word == KEEPER_FREE)
 		store_forget_device(held);
-	if (job_start(held, request, keeper->server_id, runs[request->word]))
-		refuse(keeper, request, EAGAIN, "the keeper cannot start a thread");
+	if (!job_start(held, request, keeper->server_id, runs[request->word]))
+		return;
+	if (request->word == KEEPER_FREE)
+		store_put_device(held);
+	refuse(keeper, request, EAGAIN, "the keeper cannot start a thread");
 }
 
 void devices_request(

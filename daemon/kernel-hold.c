@@ -354,9 +354,11 @@ suspends int kernel_hold_release(struct kernel_hold *hold, bool force, struct er
 static suspends void free_there(struct kernel_hold *hold, bool lost)
 {
 	struct err err;
+	int ret;
 
-	while (request(hold, KEEPER_FREE, 0, lost, &err) == -EBUSY)
-		co_sleep_ns(NS_PER_SEC / 10); /* a call of a predecessor's is under way */
+	/* A call of a predecessor's is under way, or the keeper is short of something: it must not keep what nobody knows of. */
+	while ((ret = request(hold, KEEPER_FREE, 0, lost, &err)) == -EBUSY || ret == -EAGAIN)
+		co_sleep_ns(NS_PER_SEC / 10);
 }
 
 suspends void kernel_hold_disconnect(struct kernel_hold *hold, bool lost)
