@@ -78,7 +78,7 @@ struct life {
 	int status;   /* of the keeper, once done */
 
 	uint64_t watchdog_ns; /* the service manager's; 0: none */
-	uint64_t alive_ns, fed_ns;
+	uint64_t alive_ns, fed_ns, looked_ns;
 };
 
 static uint64_t now_ns(void)
@@ -566,6 +566,10 @@ static void look_after_watchdog(struct life *life, uint64_t now)
 {
 	if (!life->watchdog_ns)
 		return;
+	/* We look more often than that, unless the machine stood still, and the server with it: it has its time anew. */
+	if (now - life->looked_ns >= life->watchdog_ns / 2)
+		life->alive_ns = now;
+	life->looked_ns = now;
 	if (life->keeper.server && life->phase == SERVING &&
 		now - life->alive_ns >= life->watchdog_ns) {
 		log_error("keeper: the server has not moved for %u s; killing it",
