@@ -18,6 +18,12 @@ def check(condition, text):
         raise SystemExit(f'line {caller.f_lineno}: FAILED: {text}')
 
 
+def is_asleep(pid):
+    """It waits for somebody. nbd-server listens and then draws primes, for a second or ten, before it talks."""
+    with open(f'/proc/{pid}/stat', encoding='utf-8') as file:
+        return file.read().rsplit(') ', 1)[1][0] == 'S'
+
+
 def config(exports, folder='.', **settings):
     """Writes a config file: exports is {name: text of the stack's layers and other keys}."""
     path = os.path.join(folder, 'blkstack.conf')
