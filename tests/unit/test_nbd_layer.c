@@ -11,6 +11,7 @@
 #include <sys/un.h>
 #include <sys/wait.h>
 
+#include "blk/nbd/remote.h"
 #include "model.h"
 
 #define SIZE_BYTES (1U << 20)
@@ -118,6 +119,17 @@ static void expect_status(struct blk *blk, const char *state, const char *troubl
 	if (trouble)
 		ck_assert_str_eq(text, trouble);
 	json_decref(status);
+}
+
+static bool trouble_is(struct blk *blk, const char *part)
+{
+	json_t *status = blk_status(blk);
+	const char *text = json_string_value(
+		json_object_get(json_object_get(status, "last_trouble"), "text"));
+	bool is = text && strstr(text, part);
+
+	json_decref(status);
+	return is;
 }
 
 /* --- the same bytes --------------------------------------------------------------------------- */
@@ -475,6 +487,32 @@ static suspends void case_another_disk_is_refused(void)
 	far_kill(&far);
 }
 
+/* One connection is not taken back, while the other works: that is lost later, and may wait for the next server. */
+static suspends void case_another_disk_for_one_connection(void)
+{
+	const char *server = NBDKIT "file image";
+	char byte;
+	struct far far;
+
+	make_file("image", SIZE_BYTES);
+	far_start(&far, "%s", server);
+	struct blk *blk = far_disk("connections=2");
+	while (status_number(blk, "connections") < 2)
+		co_sleep_ns(20 * NS_PER_MS);
+	ck_assert_int_eq(truncate("image", 2 * SIZE_BYTES), 0);
+	remote_conn_lose(&container_of(blk, struct remote, blk)->conns[1], EIO, "a test");
+	while (!trouble_is(
+		blk, "is back with a disk of 2097152 bytes, it had 1048576: it is refused"))
+		co_sleep_ns(20 * NS_PER_MS);
+	expect_status(blk, "connected", NULL);
+	far_kill(&far);
+	ck_assert_int_eq(truncate("image", SIZE_BYTES), 0);
+	far_start(&far, "%s", server);
+	ck_assert_int_eq(blk_read(blk, 0, &byte, 1), 0);
+	stack_close(blk);
+	far_kill(&far);
+}
+
 static suspends void resize_fails(struct blk *blk, uint64_t size, const char *text)
 {
 	struct err err;
@@ -619,6 +657,7 @@ static const struct unit_case cases[] = {
 	CASE(case_server_gone_for_good),
 	CASE(case_server_freezes),
 	CASE(case_another_disk_is_refused),
+	CASE(case_another_disk_for_one_connection),
 	CASE(case_another_size),
 	CASE(case_another_size_and_a_loss),
 	CASE(case_errors_pass),

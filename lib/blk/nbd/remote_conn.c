@@ -417,7 +417,8 @@ static suspends int connect_again(struct remote_conn *conn, struct err *err)
 	if (!ret)
 		ret = remote_check_terms(remote, &terms, err);
 	if (ret) {
-		remote->refused = true;
+		/* Connections that work say otherwise; when they are lost, the next attempt tells. */
+		remote->refused = !remote->ready_count;
 		remote_note_trouble(remote, err);
 		co_queue_wake_all(&remote->waiting);
 	} else {
