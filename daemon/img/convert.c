@@ -13,6 +13,7 @@
 
 #include "base/cleanup.h"
 #include "base/units.h"
+#include "blk/qcow/live.h"
 #include "blk/qcow/writer.h"
 #include "daemon/img/commands.h"
 #include "rt/lock.h"
@@ -25,6 +26,7 @@
 
 static const struct img_option options[] = {
 	IMG_OPTION_FORMAT,
+	{ 0, "snapshot", "NAME", "copy what SOURCE was then: a name or an id" },
 	{ 'O', "to", "FORMAT", "of TARGET: qcow2 (the default) or raw" },
 	{ 'c', "compress", NULL, "compress the clusters of a qcow2 TARGET" },
 	{ 0, "level", "N", "of compression: 1 to 9 for zlib, 1 to 19 for zstd" },
@@ -349,19 +351,34 @@ static bool get_options(struct img *img, struct convert *convert)
 	return false;
 }
 
+static suspends int open_source(struct convert *convert, int format)
+{
+	struct img *img = convert->img;
+	const char *path = img->operands[0], *snapshot = img_value(img, "snapshot");
+	enum img_format found = IMG_RAW;
+	int ret = 0;
+
+	if (strcmp(path, "-") != 0)
+		ret = img_open_disk(img, path, format, true, &convert->source, &found);
+	else if (format == IMG_QCOW2)
+		ret = err_set(&img->err, EINVAL, "only raw disks can be read from a pipe");
+	if (ret || !snapshot)
+		return ret;
+	ret = found == IMG_QCOW2 ? qcow_live_show(convert->source, snapshot, &img->err)
+				 : err_set(&img->err, EINVAL, "a raw disk has no snapshots");
+	return ret ? img_wrap_path(img, path) : 0;
+}
+
 static suspends enum img_exit run(struct img *img)
 {
 	CLEANUP(free) struct convert *convert = calloc(1, sizeof(*convert));
-	int format, ret = 0;
+	int format, ret;
 
 	if (!convert || !img_format_value(img, "format", &format) || !get_options(img, convert))
 		return IMG_USAGE;
 	convert->img = img;
 	convert->size = UINT64_MAX;
-	if (strcmp(img->operands[0], "-") != 0)
-		ret = img_open_disk(img, img->operands[0], format, true, &convert->source, NULL);
-	else if (format == IMG_QCOW2)
-		ret = err_set(&img->err, EINVAL, "only raw disks can be read from a pipe");
+	ret = open_source(convert, format);
 	if (!ret && !strcmp(img->operands[1], "-"))
 		ret = err_set(&img->err, EINVAL,
 			"a copy cannot be written to standard output: it is not made in one go; "

@@ -160,6 +160,13 @@ static int check_tables(const struct qcow_header *header, uint64_t file_size, st
 	return 0;
 }
 
+int qcow_header_check_disk(const struct qcow_header *header, uint64_t file_size, struct err *err)
+{
+	int ret = check_geometry(header, err);
+
+	return ret ? ret : check_tables(header, file_size, err);
+}
+
 /* --- extensions ------------------------------------------------------------------------------- */
 
 static char *dup_bytes(const uint8_t *bytes, size_t len)

@@ -76,6 +76,46 @@ suspends int qcow_live_snapshots(struct blk *blk, struct qcow_snapshots *list, s
 	return ret;
 }
 
+static int find_shown(const struct qcow *q, const struct qcow_snapshots *list,
+	const char *id_or_name, struct qcow_header *shown, struct err *err)
+{
+	const struct qcow_snapshot *snapshot = qcow_snapshots_find(list, id_or_name);
+
+	if (!snapshot)
+		return err_set(err, ENOENT, "there is no snapshot \"%s\"", id_or_name);
+	*shown = q->header;
+	shown->size = snapshot->disk_size;
+	shown->l1_off = snapshot->l1_off;
+	shown->l1_entry_count = snapshot->l1_entry_count;
+	int ret = shown->size ? qcow_header_check_disk(shown, blk_caps(q->blk.below)->size, err)
+			      : err_set(err, EINVAL, "its disk has size 0");
+	return ret ? err_wrap(err, "snapshot \"%s\"", id_or_name) : 0;
+}
+
+suspends int qcow_live_show(struct blk *blk, const char *id_or_name, struct err *err)
+{
+	struct qcow *q = qcow_of(blk);
+	struct qcow_header old = q->header, shown;
+	struct qcow_snapshots list;
+
+	if (!q->read_only)
+		return err_set(err, EINVAL, "a snapshot is shown read-only");
+	int ret = qcow_live_snapshots(blk, &list, err);
+	if (ret)
+		return ret;
+	ret = find_shown(q, &list, id_or_name, &shown, err);
+	qcow_snapshots_fini(&list);
+	if (ret)
+		return ret;
+	q->header = shown;
+	ret = qcow_load_tables(q, err);
+	if (ret)
+		q->header = old;
+	else
+		blk_size_changed(blk, shown.size);
+	return ret;
+}
+
 /* What the old tables point to may be gone already, so without the new ones nothing can be read either. */
 static suspends int reload(struct qcow *q, struct err *err)
 {

@@ -26,3 +26,9 @@ suspends int qcow_live_snapshot(
 
 /* The caller ends it with qcow_snapshots_fini(). */
 suspends int qcow_live_snapshots(struct blk *blk, struct qcow_snapshots *list, struct err *err);
+
+/*
+ * The disk of a read-only layer that has served nothing yet becomes the one that the snapshot holds, by id, else by
+ * name, with the size it had then. -ENOENT.
+ */
+suspends int qcow_live_show(struct blk *blk, const char *id_or_name, struct err *err);

@@ -221,6 +221,8 @@ suspends int qcow_load_tables(struct qcow *q, struct err *err);
 
 suspends int qcow_header_load(struct blk *file, struct qcow_header *header, struct err *err);
 void qcow_header_fini(struct qcow_header *header);
+/* Its size and L1 table, when they are others than those of the file. */
+int qcow_header_check_disk(const struct qcow_header *header, uint64_t file_size, struct err *err);
 /* Rewrites the fixed fields in place (one write within the first sector), nothing else. */
 suspends int qcow_header_write(struct blk *file, const struct qcow_header *header);
 suspends int qcow_header_store(struct qcow *q);
