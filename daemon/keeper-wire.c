@@ -2,7 +2,7 @@
  * Messages between the keeper and the server; see keeper-wire.h.
  *
  * One message is one packet. Whatever is not exactly one (shorter, longer, cut, with descriptors cut off, a
- * text without an end) is thrown away with its descriptors, and -EPROTO.
+ * text without an end) is -EPROTO.
  */
 #include "daemon/keeper-wire.h"
 
@@ -10,6 +10,8 @@
 #include <string.h>
 #include <sys/socket.h>
 #include <unistd.h>
+
+#include "base/util.h"
 
 void keeper_fds_close(struct keeper_fds *fds)
 {
@@ -55,7 +57,7 @@ static void take_fds(struct msghdr *header, struct keeper_fds *fds)
 		for (size_t i = 0; i < count; i++) {
 			int fd;
 			memcpy(&fd, CMSG_DATA(part) + i * sizeof(int), sizeof(fd));
-			if (fds->count < KEEPER_FDS_MAX)
+			if (fds->count < ARRAY_LEN(fds->fd))
 				fds->fd[fds->count++] = fd;
 			else
 				close(fd);
@@ -80,7 +82,10 @@ static bool well_formed(const struct keeper_message *message)
 int keeper_receive(int sock, struct keeper_message *message, struct keeper_fds *fds)
 {
 	struct iovec iov = { message, sizeof(*message) };
-	union control control;
+	union {
+		struct cmsghdr align;
+		char bytes[CMSG_SPACE(sizeof(fds->fd))];
+	} control;
 	struct msghdr header = {
 		.msg_iov = &iov,
 		.msg_iovlen = 1,
@@ -98,9 +103,8 @@ int keeper_receive(int sock, struct keeper_message *message, struct keeper_fds *
 	if (!got)
 		return 0;
 	take_fds(&header, fds);
-	if ((size_t)got == sizeof(*message) && !(header.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) &&
-		well_formed(message))
-		return 1;
-	keeper_fds_close(fds);
-	return -EPROTO;
+	bool is_one = (size_t)got == sizeof(*message) &&
+		      !(header.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) &&
+		      fds->count <= KEEPER_FDS_MAX && well_formed(message);
+	return is_one ? 1 : -EPROTO;
 }

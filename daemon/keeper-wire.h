@@ -86,8 +86,9 @@ struct keeper_message {
 	char text[KEEPER_TEXT_LEN];
 };
 
+/* As many as the kernel passes with one message, so that it closes none of them by itself. */
 struct keeper_fds {
-	int fd[KEEPER_FDS_MAX];
+	int fd[253];
 	unsigned count;
 };
 
@@ -96,7 +97,7 @@ int keeper_send(int sock, const struct keeper_message *message, const int *fds, 
 
 /*
  * 1: a message, fds received with it are the caller's (close-on-exec); 0: end of file; -EAGAIN: nothing yet,
- * on a non-blocking socket; -EPROTO: not a message as it has to be.
+ * on a non-blocking socket; -EPROTO: not a message as it has to be; fds that came with it are the caller's, too.
  */
 int keeper_receive(int sock, struct keeper_message *message, struct keeper_fds *fds);
 

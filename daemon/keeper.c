@@ -455,10 +455,39 @@ static void handle(struct life *life, const struct keeper_message *said, struct 
 	}
 }
 
+static void *close_thread(void *arg)
+{
+	keeper_fds_close(arg);
+	free(arg);
+	return NULL;
+}
+
+/*
+ * What a server sent, or has under way, may take any time to close: a connection that lingers, a file on a file system of its
+ * own. So that is not for this thread. A good server sends nothing that is closed here.
+ */
+static void close_elsewhere(struct keeper_fds *fds)
+{
+	struct keeper_fds *taken = fds->count ? malloc(sizeof(*taken)) : NULL;
+	pthread_t thread;
+
+	if (taken)
+		*taken = *fds;
+	if (taken && !pthread_create(&thread, NULL, close_thread, taken)) {
+		pthread_detach(thread);
+		fds->count = 0;
+		return;
+	}
+	free(taken);
+	keeper_fds_close(fds);
+}
+
 static void stop_listening(struct keeper *keeper)
 {
-	if (keeper->sock >= 0)
-		close(take_fd(&keeper->sock));
+	struct keeper_fds fds = { .count = keeper->sock >= 0 };
+
+	fds.fd[0] = take_fd(&keeper->sock);
+	close_elsewhere(&fds);
 }
 
 /* Some of what has come: one that never stops talking must not keep the keeper from everything else. */
@@ -471,10 +500,11 @@ static void hear_server(struct life *life, unsigned most)
 
 	for (unsigned count = 0; count < most && keeper->sock >= 0; count++) {
 		ret = keeper_receive(keeper->sock, &said, &fds);
+		if (ret > 0)
+			handle(life, &said, &fds);
+		close_elsewhere(&fds);
 		if (ret <= 0)
 			break;
-		handle(life, &said, &fds);
-		keeper_fds_close(&fds);
 	}
 	if (ret == -EPROTO)
 		log_error("keeper: the server talks nonsense; killing it");

@@ -17,6 +17,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <netinet/in.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/ptrace.h>
@@ -24,6 +25,7 @@
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "base/util.h"
@@ -283,6 +285,45 @@ static void parks_at_once(void)
 		NULL, 0);
 }
 
+/* --- descriptors that take their time to close -------------------------------------------------- */
+
+/* A connection with bytes that nobody reads, whose last close waits for them. */
+static int lingering(int *peer)
+{
+	const struct linger hour = { .l_onoff = 1, .l_linger = 3600 };
+	struct sockaddr_in local = { .sin_family = AF_INET,
+		.sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+	socklen_t local_len = sizeof(local);
+	static char bytes[1 << 16];
+	int ear = socket(AF_INET, SOCK_STREAM, 0), fd = socket(AF_INET, SOCK_STREAM, 0);
+
+	CHECK(!bind(ear, (struct sockaddr *)&local, local_len) && !listen(ear, 1) &&
+		!getsockname(ear, (struct sockaddr *)&local, &local_len) &&
+		!connect(fd, (struct sockaddr *)&local, local_len));
+	*peer = accept(ear, NULL, NULL);
+	CHECK(*peer >= 0 && !setsockopt(fd, SOL_SOCKET, SO_LINGER, &hour, sizeof(hour)));
+	while (send(fd, bytes, sizeof(bytes), MSG_DONTWAIT) > 0)
+		;
+	return fd;
+}
+
+/* The keeper's descriptor is the last one; to exit waits for nothing. */
+static void lingers(void)
+{
+	struct keeper_message message = { .word = KEEPER_STATUS };
+	int peer, fd = lingering(&peer);
+	pid_t keeper = getppid(), child;
+
+	CHECK(!kill(keeper, SIGSTOP));
+	child = fork();
+	if (!child) {
+		send_raw(&message, sizeof(message), &fd, 1);
+		_exit(0);
+	}
+	CHECK(!close(fd) && waitpid(child, NULL, 0) == child && !kill(keeper, SIGCONT));
+	CHECK(!ask(KEEPER_HELLO, &message, NULL, 0));
+}
+
 /* --- what an ordinary user cannot do ------------------------------------------------------------ */
 
 static bool is_denied(int ret)
@@ -460,6 +501,7 @@ static const struct {
 	{ "another_version", another_version },
 	{ "another_version_stops", another_version_stops },
 	{ "parks_at_once", parks_at_once },
+	{ "lingers", lingers },
 	{ "ordinary_user", ordinary_user },
 	{ "dies_in_a_claim", dies_in_a_claim },
 	{ "floods", floods },
