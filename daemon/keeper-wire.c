@@ -2,7 +2,7 @@
  * Messages between the keeper and the server; see keeper-wire.h.
  *
  * One message is one packet. Whatever is not exactly one (shorter, longer, cut, with descriptors cut off, a
- * text without an end) is -EPROTO.
+ * text without an end) is -EPROTO. One that is empty is the end.
  */
 #include "daemon/keeper-wire.h"
 
@@ -100,9 +100,9 @@ int keeper_receive(int sock, struct keeper_message *message, struct keeper_fds *
 	} while (got < 0 && errno == EINTR);
 	if (got < 0)
 		return errno == ECONNRESET ? 0 : -errno;
+	take_fds(&header, fds);
 	if (!got)
 		return 0;
-	take_fds(&header, fds);
 	bool is_one = (size_t)got == sizeof(*message) &&
 		      !(header.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) &&
 		      fds->count <= KEEPER_FDS_MAX && well_formed(message);

@@ -97,7 +97,7 @@ int keeper_send(int sock, const struct keeper_message *message, const int *fds, 
 
 /*
  * 1: a message, fds received with it are the caller's (close-on-exec); 0: end of file; -EAGAIN: nothing yet,
- * on a non-blocking socket; -EPROTO: not a message as it has to be; fds that came with it are the caller's, too.
+ * on a non-blocking socket; -EPROTO: not a message as it has to be. fds are the caller's in any case.
  */
 int keeper_receive(int sock, struct keeper_message *message, struct keeper_fds *fds);
 

@@ -151,6 +151,15 @@ static void many_fds(void)
 	wait_for_death();
 }
 
+/* Which looks like the end of all. */
+static void empty_with_fds(void)
+{
+	const int fds[] = { STDERR_FILENO, STDERR_FILENO };
+
+	send_raw("", 0, fds, ARRAY_LEN(fds));
+	wait_for_death();
+}
+
 static void never_listens(void)
 {
 	struct keeper_message message = { .word = KEEPER_HELLO };
@@ -491,6 +500,7 @@ static const struct {
 	{ "endless_text", endless_text },
 	{ "many_connections", many_connections },
 	{ "many_fds", many_fds },
+	{ "empty_with_fds", empty_with_fds },
 	{ "never_listens", never_listens },
 	{ "hangs_up", hangs_up },
 	{ "foreign_devices", foreign_devices },
