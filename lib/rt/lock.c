@@ -177,19 +177,25 @@ static bool conflicts_with_any(
 	return false;
 }
 
+/* Whether it is held already; else it waits, and whoever asked has to suspend. */
+static inline bool acquire_or_queue(struct range_lock *lock, struct range *range)
+{
+	if (conflicts_with_any(range, &lock->held, &lock->held) ||
+		conflicts_with_any(range, &lock->waiting, &lock->waiting)) {
+		range->waiter = co_self();
+		list_push_back(&lock->waiting, &range->link);
+		return false;
+	}
+	list_push_back(&lock->held, &range->link);
+	return true;
+}
+
 suspends void range_lock_acquire(
 	struct range_lock *lock, struct range *range, uint64_t off, uint64_t len, bool exclusive)
 {
-	*range = (struct range){
-		.off = off, .len = len, .exclusive = exclusive, .waiter = co_self()
-	};
-	if (conflicts_with_any(range, &lock->held, &lock->held) ||
-		conflicts_with_any(range, &lock->waiting, &lock->waiting)) {
-		list_push_back(&lock->waiting, &range->link);
+	*range = (struct range){ .off = off, .len = len, .exclusive = exclusive };
+	if (!acquire_or_queue(lock, range))
 		co_suspend(); /* in lock->held when we return */
-	} else {
-		list_push_back(&lock->held, &range->link);
-	}
 }
 
 /* Only those that conflict with the range let go can have been waiting for it. */
@@ -206,5 +212,40 @@ void range_lock_release(struct range_lock *lock, struct range *range)
 		list_remove(link);
 		list_push_back(&lock->held, link);
 		co_wake(next->waiter);
+		next->waiter = NULL;
 	}
+}
+
+struct range_deadline {
+	struct timer timer;
+	struct range_lock *lock;
+	struct range *range;
+	bool passed;
+};
+
+static void range_timed_out(struct timer *timer)
+{
+	struct range_deadline *deadline = container_of(timer, struct range_deadline, timer);
+	struct co *waiter = deadline->range->waiter;
+
+	if (!waiter)
+		return; /* held since this very turn */
+	deadline->passed = true;
+	range_lock_release(deadline->lock, deadline->range); /* nobody waits behind it any more */
+	co_wake(waiter);
+}
+
+suspends bool range_lock_acquire_all_until(
+	struct range_lock *lock, struct range *range, uint64_t deadline_ns)
+{
+	struct range_deadline deadline = { .lock = lock, .range = range };
+
+	*range = (struct range){ .len = UINT64_MAX, .exclusive = true };
+	if (acquire_or_queue(lock, range))
+		return true;
+	timer_init(&deadline.timer, range_timed_out);
+	timer_arm(&deadline.timer, deadline_ns);
+	co_suspend_outside();
+	timer_cancel(&deadline.timer);
+	return !deadline.passed;
 }

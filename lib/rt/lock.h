@@ -58,11 +58,14 @@ struct range {
 	struct list link;
 	uint64_t off, len;
 	bool exclusive;
-	struct co *waiter;
+	struct co *waiter; /* NULL: it is held */
 };
 
 void range_lock_init(struct range_lock *lock);
 /* Waits until [off, off + len) may be held, in order of arrival among those that conflict. */
 suspends void range_lock_acquire(
 	struct range_lock *lock, struct range *range, uint64_t off, uint64_t len, bool exclusive);
+/* The same for the whole space, exclusively, but gives up at deadline_ns (reactor clock): false then. */
+suspends bool range_lock_acquire_all_until(
+	struct range_lock *lock, struct range *range, uint64_t deadline_ns);
 void range_lock_release(struct range_lock *lock, struct range *range);

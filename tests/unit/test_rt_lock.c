@@ -371,6 +371,57 @@ START_TEST(ranges_at_the_end_of_the_space_and_empty_ones_conflict_with_nobody)
 }
 END_TEST
 
+static bool all_acquired, behind_acquired;
+
+static suspends void acquire_all(void *arg)
+{
+	struct range all;
+
+	all_acquired = range_lock_acquire_all_until(
+		&range_lock, &all, reactor_now_ns() + *(uint64_t *)arg);
+	if (all_acquired)
+		range_lock_release(&range_lock, &all);
+}
+
+static suspends void acquire_behind(void *arg)
+{
+	struct range behind;
+
+	range_lock_acquire(&range_lock, &behind, 4096, 4096, true);
+	behind_acquired = true;
+	range_lock_release(&range_lock, &behind);
+}
+
+/* Who gave up keeps nobody waiting; who has it in time has it for good. */
+static suspends void give_up_a_range(void *arg)
+{
+	uint64_t soon_ns = NS_PER_MS, late_ns = 1000 * NS_PER_SEC;
+	struct range held;
+
+	range_lock_init(&range_lock);
+	range_lock_acquire(&range_lock, &held, 0, 4096, true);
+	all_acquired = true;
+	co_start(acquire_all, &soon_ns);
+	co_start(acquire_behind, NULL);
+	ck_assert(!behind_acquired);
+	while (!behind_acquired)
+		co_sleep_ns(NS_PER_MS);
+	ck_assert(!all_acquired);
+	ck_assert(list_empty(&range_lock.waiting));
+
+	co_start(acquire_all, &late_ns);
+	range_lock_release(&range_lock, &held);
+	co_yield ();
+	ck_assert(all_acquired);
+	ck_assert(list_empty(&range_lock.held));
+}
+
+START_TEST(a_range_is_given_up_at_its_deadline)
+{
+	test_run_co(give_up_a_range, NULL);
+}
+END_TEST
+
 static void fill(TCase *tcase)
 {
 	tcase_add_test(tcase, a_queue_wakes_in_order_of_waiting);
@@ -380,6 +431,7 @@ static void fill(TCase *tcase)
 	tcase_add_test(tcase, a_group_is_over_when_all_its_members_are);
 	tcase_add_test(tcase, a_range_lock_does_what_the_oracle_does);
 	tcase_add_test(tcase, ranges_at_the_end_of_the_space_and_empty_ones_conflict_with_nobody);
+	tcase_add_test(tcase, a_range_is_given_up_at_its_deadline);
 }
 
 int main(void)
