@@ -387,6 +387,63 @@ suspends CO_TEST(test_no_promotion_of_what_owes_answers)
 	test_stack_close(&stack);
 }
 
+static suspends void promote_by_force(void *arg)
+{
+	struct mirror *mirror = arg;
+	struct err err;
+
+	if (promote(&mirror->blk, true, false, &err))
+		ck_abort_msg("%s", err.text);
+}
+
+/* A write hangs in the primary, or its flush will: it is not left for a secondary that does not work. */
+suspends CO_TEST(test_forced_promotion_when_both_legs_are_in_trouble)
+{
+	static const struct fault_rules troubles[] = {
+		{ .ops = FAULT_FLUSH, .every = 1, .error = EIO }, { .hang_ops = FAULT_FLUSH }
+	};
+
+	for (size_t i = 0; i < 2 * ARRAY_LEN(troubles); i++) {
+		struct fault_rules hangs = { .hang_ops = i / 2 ? FAULT_FLUSH : FAULT_WRITE };
+		struct test_stack stack;
+		struct co_group group;
+		struct err err;
+
+		test_stack_open(&stack, STACK, "");
+
+		struct mirror *mirror = mirror_of(&stack);
+		struct blk *primary = fault_find(mirror->primary);
+		struct blk *secondary = fault_find(mirror->secondary);
+
+		wait_phase(mirror, MIRROR_IN_SYNC);
+		fault_set(primary, &hangs);
+		fault_set(secondary, &troubles[i % 2]);
+		memset(buf, 't', sizeof(buf));
+		co_group_init(&group);
+		co_group_start(&group, write_once, mirror);
+		ck_assert_int_eq(promote(&mirror->blk, true, false, &err),
+			troubles[i % 2].error ? -EIO : -ETIMEDOUT);
+		ck_assert_msg(strstr(err.text, "the secondary cannot be flushed"), "%s", err.text);
+		ck_assert_int_eq(mirror->phase, MIRROR_DEGRADED);
+		ck_assert(!mirror->primary_left);
+
+		/* it works again: now the primary is left, and what waits for it is answered */
+		answer_at_last(secondary);
+		while (mirror->leg->given_up_count)
+			co_sleep_ns(NS_PER_MS);
+		co_group_start(&group, promote_by_force, mirror);
+		while (!mirror->primary_left)
+			co_sleep_ns(NS_PER_MS);
+		answer_at_last(primary);
+		co_group_wait(&group);
+		ck_assert(mirror->promoted);
+		mirror_unlink(&mirror->blk, &stack.top);
+		stack_close(&mirror->blk);
+		ck_assert(leg_holds(stack.top, 0, 4096, 't'));
+		test_stack_close(&stack);
+	}
+}
+
 /* Steps of the copy that waited for the promotion must not go on: the secondary is a disk in use then. */
 suspends CO_TEST(test_forced_promotion_ends_the_copy)
 {
@@ -498,6 +555,7 @@ int main(void)
 	tcase_add_test(tcase, test_cancel_with_a_last_flush_that_hangs);
 	tcase_add_test(tcase, test_close_while_the_secondary_hangs);
 	tcase_add_test(tcase, test_no_promotion_of_what_owes_answers);
+	tcase_add_test(tcase, test_forced_promotion_when_both_legs_are_in_trouble);
 	tcase_add_test(tcase, test_forced_promotion_ends_the_copy);
 	tcase_add_test(tcase, test_read_across_a_promotion);
 	tcase_add_test(tcase, test_fallback_does_not_read_what_was_lost);

@@ -7,6 +7,7 @@
  *
  * A primary that hangs would hold the lock for good. A forced promotion gives it up after a while, which ends the
  * requests of layers that can (blk_abandon()); those that fail for it wait for the promotion and are asked again.
+ * That is done for a secondary that could be flushed; else the promotion fails, and nothing has happened.
  * It stays left when the promotion fails then: what it would still carry out of what it was sent, nobody knows.
  */
 #include <assert.h>
@@ -200,25 +201,17 @@ static suspends void exchange(struct mirror *mirror)
 		mirror_degrade(mirror, "intent log: write", 0, 0, ret);
 }
 
+/* It does not wait for a primary that hangs. */
+static bool is_impatient(const struct mirror_promotion *promotion)
+{
+	return promotion->force && !promotion->keep;
+}
+
 /* --- a primary that hangs --------------------------------------------------------------------- */
 
-struct last_chance {
-	struct mirror *mirror;
-	struct co_queue over;
-	struct co_group waiting;
-};
-
-/* The secondary is asked first: the primary is not left for nothing. */
-static suspends void leave_primary(void *arg)
+/* The secondary has been flushed: the primary is not left for nothing. */
+static void leave_primary(struct mirror *mirror)
 {
-	struct last_chance *chance = arg;
-	struct mirror *mirror = chance->mirror;
-	uint64_t deadline_ns = reactor_now_ns() + (uint64_t)mirror->timeout_s * NS_PER_SEC;
-
-	if (co_queue_wait_until(&chance->over, deadline_ns) ||
-		leg_end(leg_begin(mirror, LEG_FLUSH, 0, 0, 0, NULL)) ||
-		mirror->leg->given_up_count || mirror->phase == MIRROR_DETACHED)
-		return;
 	blk_notice(&mirror->blk,
 		"the primary has not answered within %lld s, and is left for the secondary",
 		(long long)mirror->timeout_s);
@@ -226,18 +219,37 @@ static suspends void leave_primary(void *arg)
 	blk_abandon(mirror->primary);
 }
 
-static suspends void last_chance_begin(struct last_chance *chance, struct mirror *mirror)
+static uint64_t last_chance_ns(const struct mirror *mirror)
 {
-	chance->mirror = mirror;
-	co_queue_init(&chance->over);
-	co_group_init(&chance->waiting);
-	co_group_start(&chance->waiting, leave_primary, chance);
+	return reactor_now_ns() + (uint64_t)mirror->timeout_s * NS_PER_SEC;
 }
 
-static suspends void last_chance_end(struct last_chance *chance)
+struct last_chance {
+	struct mirror *mirror;
+	struct co_queue over;
+};
+
+static suspends void leave_if_not_over(void *arg)
 {
-	co_queue_wake_all(&chance->over);
-	co_group_wait(&chance->waiting);
+	struct last_chance *chance = arg;
+
+	if (!co_queue_wait_until(&chance->over, last_chance_ns(chance->mirror)))
+		leave_primary(chance->mirror);
+}
+
+static suspends int flush_or_leave_primary(struct mirror *mirror)
+{
+	struct last_chance chance = { .mirror = mirror };
+	struct co_group group;
+	int ret;
+
+	co_queue_init(&chance.over);
+	co_group_init(&group);
+	co_group_start(&group, leave_if_not_over, &chance);
+	ret = blk_flush(mirror->primary);
+	co_queue_wake_all(&chance.over);
+	co_group_wait(&group);
+	return ret;
 }
 
 suspends bool mirror_ask_again(struct mirror *mirror, bool left_before)
@@ -251,21 +263,30 @@ suspends bool mirror_ask_again(struct mirror *mirror, bool left_before)
 	return true;
 }
 
-/* Both legs hold the same, and durably so, if need be. */
-static suspends int flush_legs(struct mirror *mirror, bool keep, struct err *err)
+static suspends int flush_secondary(struct mirror *mirror, struct err *err)
 {
-	struct leg_op *op = leg_begin(mirror, LEG_FLUSH, 0, 0, 0, NULL);
-	int primary_ret = blk_flush(mirror->primary), ret = leg_end(op);
+	int ret = leg_end(leg_begin(mirror, LEG_FLUSH, 0, 0, 0, NULL));
 
-	if (ret) {
-		mirror_degrade(mirror, "flush", 0, 0, ret);
-		return err_sys(err, -ret, "the secondary cannot be flushed");
-	}
+	if (!ret)
+		return 0;
+	mirror_degrade(mirror, "flush", 0, 0, ret);
+	return err_sys(err, -ret, "the secondary cannot be flushed");
+}
+
+/* Both legs hold the same, and durably so, if need be. The secondary comes first: it always answers in time. */
+static suspends int flush_legs(
+	struct mirror *mirror, const struct mirror_promotion *promotion, struct err *err)
+{
+	int ret = flush_secondary(mirror, err);
+
+	if (ret)
+		return ret;
+	ret = is_impatient(promotion) ? flush_or_leave_primary(mirror) : blk_flush(mirror->primary);
 	/* Else its errors are a reason to promote, not to refuse. */
-	if (!keep || !primary_ret)
+	if (!promotion->keep || !ret)
 		return 0;
 	mirror->flush_untold = true;
-	return err_sys(err, -primary_ret, "the primary, which is to be kept, cannot be flushed");
+	return err_sys(err, -ret, "the primary, which is to be kept, cannot be flushed");
 }
 
 static suspends int commit(
@@ -302,11 +323,10 @@ static int may_promote(
 static suspends int promote_locked(
 	struct mirror *mirror, const struct mirror_promotion *promotion, struct err *err)
 {
-	bool keep = promotion->keep;
 	int ret = may_promote(mirror, promotion, err);
 
 	if (!ret)
-		ret = flush_legs(mirror, keep, err);
+		ret = flush_legs(mirror, promotion, err);
 	if (!ret)
 		ret = commit(mirror, promotion, err);
 	if (ret && mirror->primary_left)
@@ -314,7 +334,7 @@ static suspends int promote_locked(
 			      "succeeds: mend this, and promote again with --force");
 	if (ret)
 		return ret;
-	if (keep) {
+	if (promotion->keep) {
 		exchange(mirror);
 		return 0;
 	}
@@ -327,24 +347,42 @@ static suspends int promote_locked(
 	return 0;
 }
 
+/* The whole disk; the primary is left if it keeps a part of it in use. */
+static suspends int lock_or_leave_primary(struct mirror *mirror,
+	const struct mirror_promotion *promotion, struct range *range, struct err *err)
+{
+	int ret;
+
+	if (range_lock_acquire_all_until(&mirror->writes, range, last_chance_ns(mirror)))
+		return 0;
+	ret = flush_secondary(mirror, err);
+	if (!ret)
+		ret = may_promote(mirror, promotion, err);
+	if (ret)
+		return err_wrap(err, "the primary does not answer, and was not left yet");
+	leave_primary(mirror);
+	/* In this very turn, ahead of those whose requests fail now (mirror_ask_again()). */
+	range_lock_acquire(&mirror->writes, range, 0, UINT64_MAX, true);
+	return 0;
+}
+
 suspends int mirror_promote(
 	struct blk *blk, const struct mirror_promotion *promotion, struct err *err)
 {
 	struct mirror *mirror = to_mirror(blk);
-	bool impatient = promotion->force && !promotion->keep;
-	struct last_chance chance;
 	struct range range;
 	int ret = may_promote(mirror, promotion, err);
 
 	if (ret)
 		return ret;
-	if (impatient)
-		last_chance_begin(&chance, mirror);
-	range_lock_acquire(&mirror->writes, &range, 0, UINT64_MAX, true);
+	if (is_impatient(promotion))
+		ret = lock_or_leave_primary(mirror, promotion, &range, err);
+	else
+		range_lock_acquire(&mirror->writes, &range, 0, UINT64_MAX, true);
+	if (ret)
+		return ret;
 	ret = promote_locked(mirror, promotion, err);
 	range_lock_release(&mirror->writes, &range);
-	if (impatient)
-		last_chance_end(&chance);
 	return ret;
 }
 
