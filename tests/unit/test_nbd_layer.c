@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <signal.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <sys/wait.h>
@@ -570,6 +571,51 @@ static suspends void case_another_size(void)
 	stack_close(blk);
 }
 
+static suspends void resize_to_double(void *arg)
+{
+	resize_fails(arg, 2 * SIZE_BYTES, "has 1048576 bytes on its server, not 2097152");
+}
+
+/*
+ * The connection that has the new size cannot be used: the size is not the disk's. Descriptors run out, all but
+ * one, so there is one for the socket, and none for watching it.
+ */
+static suspends void case_another_size_in_vain(void)
+{
+	struct rlimit limit, old_limit;
+	struct co_group group;
+	char byte = 0;
+	struct far far;
+	int fds[1024], count = 0;
+
+	make_file("image", SIZE_BYTES);
+	far_start(&far, NBDKIT "file image");
+	struct blk *blk = far_disk("reconnect-delay=1");
+	const struct remote_conn *conn = &container_of(blk, struct remote, blk)->conns[0];
+	ck_assert_int_lt(nbd_aio_get_fd(conn->handle), conn->watch.fd);
+	ck_assert_int_eq(getrlimit(RLIMIT_NOFILE, &old_limit), 0);
+	limit = old_limit;
+	limit.rlim_cur = (rlim_t)conn->watch.fd;
+	ck_assert_int_eq(setrlimit(RLIMIT_NOFILE, &limit), 0);
+	ck_assert_int_lt(conn->watch.fd, ARRAY_LEN(fds));
+	while ((fds[count] = dup(STDIN_FILENO)) >= 0)
+		count++;
+
+	ck_assert_int_eq(truncate("image", 2 * SIZE_BYTES), 0);
+	co_group_init(&group);
+	co_group_start(&group, resize_to_double, blk);
+	while (!has_trouble(blk, "the connection cannot be watched"))
+		co_sleep_ns(NS_PER_MS);
+	ck_assert_int_eq(truncate("image", SIZE_BYTES), 0);
+	ck_assert_int_eq(setrlimit(RLIMIT_NOFILE, &old_limit), 0);
+	co_group_wait(&group);
+	ck_assert_int_eq(blk_read(blk, SIZE_BYTES - 1, &byte, 1), 0);
+	while (count)
+		close(fds[--count]);
+	stack_close(blk);
+	far_kill(&far);
+}
+
 /* A resize must neither fail for what may be lost, nor keep it from whoever flushes next. */
 static suspends void case_another_size_and_a_loss(void)
 {
@@ -663,6 +709,7 @@ static const struct unit_case cases[] = {
 	CASE(case_another_disk_is_refused),
 	CASE(case_another_disk_for_one_connection),
 	CASE(case_another_size),
+	CASE(case_another_size_in_vain),
 	CASE(case_another_size_and_a_loss),
 	CASE(case_errors_pass),
 	CASE(case_server_shutting_down),

@@ -422,8 +422,9 @@ static suspends int connect_again(struct remote_conn *conn, struct err *err)
 		remote_note_trouble(remote, err);
 		co_queue_wake_all(&remote->waiting);
 	} else {
-		remote->terms.size = terms.size;
 		ret = remote_conn_start(conn, err);
+		if (!ret) /* in the same turn, before anybody who waited for it */
+			remote->terms.size = terms.size;
 	}
 	if (ret)
 		remote_conn_disconnect(conn);
