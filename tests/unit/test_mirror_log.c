@@ -359,12 +359,62 @@ suspends CO_TEST(test_ended_by_a_resize)
 	leave_scratch();
 }
 
+static enum log_state log_state(void)
+{
+	int fd = open("log", O_RDONLY | O_CLOEXEC);
+	struct log_header header;
+
+	ck_assert_int_eq(read(fd, &header, sizeof(header)), sizeof(header));
+	close(fd);
+	return (enum log_state)be32_get(header.state);
+}
+
+/* The log cannot be told of it at once: it is later, and guests do not wait for it. */
+suspends CO_TEST(test_end_that_cannot_be_noted)
+{
+	struct test_stack stack;
+	char buf[4096] = "n";
+	struct err err;
+
+	for (int promoted = 0; promoted < 2; promoted++) {
+		for (int by_settler = 0; by_settler < 2; by_settler++) {
+			enum log_state end = promoted ? LOG_PROMOTED : LOG_ENDED;
+
+			go_to_scratch();
+			make_synced(&stack);
+
+			struct mirror *mirror = mirror_of(&stack);
+			struct blk *log = mirror->log.blk;
+
+			mirror_settle(mirror);
+			log->disconnected = true;
+			if (promoted)
+				ck_assert_int_eq(promote(stack.top, false, false, &err), 0);
+			else
+				ck_assert_int_eq(
+					blk_resize(mirror->secondary, 2 * DISK_BYTES, 0, &err), 0);
+			ck_assert_int_eq(mirror->phase, MIRROR_DETACHED);
+			ck_assert_int_eq(blk_write(&mirror->blk, 1 << 20, buf, sizeof(buf), 0), 0);
+			ck_assert_int_eq(log_state(), LOG_IN_USE);
+			co_mutex_lock(&mirror->log.mutex);
+			ck_assert_int_eq(blk_write(&mirror->blk, 2 << 20, buf, sizeof(buf), 0), 0);
+			co_mutex_unlock(&mirror->log.mutex);
+			log->disconnected = false;
+			if (by_settler) {
+				mirror_settle(mirror);
+				ck_assert_int_eq(log_state(), end);
+			}
+			test_stack_close(&stack);
+			ck_assert_int_eq(log_state(), end);
+			leave_scratch();
+		}
+	}
+}
+
 /* A probe that was under way when the mirror ended must not make the log good again. */
 suspends CO_TEST(test_cancelled_while_the_secondary_is_opened)
 {
-	struct log_header header;
 	struct test_stack stack;
-	int fd;
 
 	go_to_scratch();
 	ck_assert_int_eq(system("qemu-img create -q -f qcow2 a2 8M"), 0);
@@ -382,10 +432,7 @@ suspends CO_TEST(test_cancelled_while_the_secondary_is_opened)
 	co_sleep_ns(0);
 	mirror_cancel(&mirror->blk);
 	test_stack_close(&stack);
-	fd = open("log", O_RDONLY | O_CLOEXEC);
-	ck_assert_int_eq(read(fd, &header, sizeof(header)), sizeof(header));
-	ck_assert_uint_eq(be32_get(header.state), LOG_ENDED);
-	close(fd);
+	ck_assert_int_eq(log_state(), LOG_ENDED);
 	leave_scratch();
 }
 
@@ -508,6 +555,7 @@ int main(void)
 	tcase_add_test(tcase, test_other_disks_log);
 	tcase_add_test(tcase, test_promoted_and_cancelled);
 	tcase_add_test(tcase, test_ended_by_a_resize);
+	tcase_add_test(tcase, test_end_that_cannot_be_noted);
 	tcase_add_test(tcase, test_cancelled_while_the_secondary_is_opened);
 	tcase_add_test(tcase, test_settling_during_a_write);
 	tcase_add_test(tcase, test_settling_that_fails_is_told);

@@ -161,16 +161,20 @@ bool mirror_dirty_next(const struct mirror *mirror, uint64_t off, uint64_t *star
 
 /* --- recent ----------------------------------------------------------------------------------- */
 
+void mirror_want_settling(struct mirror *mirror)
+{
+	mirror->any_recent = true;
+	co_queue_wake_all(&mirror->settle_wanted);
+}
+
 void mirror_recent_mark(struct mirror *mirror, uint64_t off, uint64_t len)
 {
 	uint64_t first, count;
 
 	units_touched(mirror->region_size, off, len, &first, &count);
 	bitmap_set(mirror->recent, first, count);
-	if (unlikely(!mirror->any_recent)) {
-		mirror->any_recent = true;
-		co_queue_wake_all(&mirror->settle_wanted);
-	}
+	if (unlikely(!mirror->any_recent))
+		mirror_want_settling(mirror);
 }
 
 bool mirror_recent_any(const struct mirror *mirror, uint64_t off, uint64_t len)
@@ -261,6 +265,8 @@ static suspends void settle(struct mirror *mirror)
 {
 	unsigned degradations = mirror->degradations;
 
+	if (mirror->log.end_untold)
+		mirror_log_end_again(mirror);
 	if (!mirror_leg_used(mirror))
 		return;
 	begin_settling(mirror);

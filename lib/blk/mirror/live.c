@@ -338,11 +338,7 @@ static suspends int promote_locked(
 		exchange(mirror);
 		return 0;
 	}
-	ret = mirror_log_end(mirror, true);
-	if (ret) /* a second line of defence only */
-		blk_notice(&mirror->blk,
-			"the intent log \"%s\" cannot be told of the promotion: %s",
-			mirror->log_path, strerror(-ret));
+	mirror_log_end(mirror, true);
 	detach(mirror, true);
 	return 0;
 }

@@ -14,7 +14,7 @@
  * Failure: when the log cannot be written, the secondary is given up (degraded), and the log is written anew
  * before it is used again. Until then the log on the disk does not know of what is written to the primary: a
  * crash meanwhile, with the log readable again afterwards, leaves differences that nobody knows of
- * (`blkstackctl mirror verify` finds them).
+ * (`blkstackctl mirror verify` finds them). So does a mirror that ended, while its log cannot be told.
  */
 #include <errno.h>
 #include <stdio.h>
@@ -255,18 +255,45 @@ suspends int mirror_log_turn(struct mirror *mirror)
 	return mirror_log_rewrite(mirror);
 }
 
-suspends int mirror_log_end(struct mirror *mirror, bool promoted)
+/* The mutex is held. */
+static suspends void write_end(struct mirror *mirror)
 {
-	int ret = 0;
+	struct mirror_log *log = &mirror->log;
+	int ret = write_header(mirror, log->promoted ? LOG_PROMOTED : LOG_ENDED);
 
-	if (!mirror->log.blk)
-		return 0;
-	co_mutex_lock(&mirror->log.mutex);
-	if (!mirror->log.ended)
-		ret = write_header(mirror, promoted ? LOG_PROMOTED : LOG_ENDED);
-	mirror->log.ended = true;
-	co_mutex_unlock(&mirror->log.mutex);
-	return ret;
+	if (ret && !log->end_untold)
+		blk_notice(&mirror->blk,
+			"the intent log \"%s\" cannot be told that the mirror has ended, which is "
+			"tried again: %s",
+			mirror->log_path, strerror(-ret));
+	log->end_untold = ret != 0;
+	log->ended = true;
+	if (ret)
+		mirror_want_settling(mirror);
+}
+
+suspends void mirror_log_end(struct mirror *mirror, bool promoted)
+{
+	struct mirror_log *log = &mirror->log;
+
+	if (!log->blk || likely(log->ended))
+		return;
+	co_mutex_lock(&log->mutex);
+	if (!log->ended) {
+		log->promoted = promoted;
+		write_end(mirror);
+	}
+	co_mutex_unlock(&log->mutex);
+}
+
+suspends void mirror_log_end_again(struct mirror *mirror)
+{
+	struct mirror_log *log = &mirror->log;
+
+	co_mutex_lock(&log->mutex);
+	if (log->end_untold)
+		write_end(mirror);
+	co_mutex_unlock(&log->mutex);
 }
 
 /* --- opening ---------------------------------------------------------------------------------- */

@@ -437,6 +437,11 @@ static suspends void mirror_close(struct blk *blk)
 	co_group_wait(&mirror->tasks);
 	if (mirror->leg)
 		mirror_settle(mirror);
+	if (mirror->log.end_untold)
+		blk_notice(blk,
+			"the intent log \"%s\" does not know that the mirror has ended: remove it "
+			"before these disks are a mirror again",
+			mirror->log_path);
 	leg_release(mirror, mirror->leg_lost || mirror->phase == MIRROR_DEGRADED);
 	free(mirror->dirty);
 }

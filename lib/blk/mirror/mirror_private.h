@@ -124,7 +124,9 @@ struct mirror_log {
 	struct blk *blk; /* NULL: there is none */
 	bool broken;     /* could not be written; what is on it is not to be trusted */
 	bool turned;     /* by a promotion */
-	bool ended;      /* says that the legs went separate ways, and does for good */
+	bool ended;      /* it has been told so, or could not be; nothing is noted any more */
+	bool end_untold; /* could not be, and still says that its bits are true */
+	bool promoted;   /* how it ended */
 	uint64_t durable[MIRROR_REGION_WORDS]; /* what is on the disk */
 	struct co_mutex mutex;                 /* held by whoever writes it */
 	uint64_t writes;
@@ -282,6 +284,8 @@ bool mirror_dirty_any(const struct mirror *mirror, uint64_t off, uint64_t len);
 bool mirror_dirty_next(const struct mirror *mirror, uint64_t off, uint64_t *start, uint64_t *len);
 /* Both legs are about to be written there. */
 void mirror_recent_mark(struct mirror *mirror, uint64_t off, uint64_t len);
+/* The settler is to run, in a while. */
+void mirror_want_settling(struct mirror *mirror);
 bool mirror_recent_any(const struct mirror *mirror, uint64_t off, uint64_t len);
 void mirror_recent_to_dirty(struct mirror *mirror);
 /* The regions that the log must have: recent or with dirty chunks. */
@@ -304,8 +308,12 @@ suspends int mirror_log_rewrite(struct mirror *mirror); /* header and all region
 suspends void mirror_log_relax(struct mirror *mirror);  /* takes back what is not needed any more */
 /* The legs have changed places. */
 suspends int mirror_log_turn(struct mirror *mirror);
-/* The mirror ends: a restart with the same roles must not trust the log, or not run at all (promoted). */
-suspends int mirror_log_end(struct mirror *mirror, bool promoted);
+/*
+ * The mirror ends: a restart with the same roles must not trust the log, or not run at all (promoted). Where the log
+ * cannot be told, the settler and close() try again.
+ */
+suspends void mirror_log_end(struct mirror *mirror, bool promoted);
+suspends void mirror_log_end_again(struct mirror *mirror);
 
 /* resize.c */
 suspends int mirror_resize(struct blk *blk, uint64_t size, unsigned flags, struct err *err);
