@@ -307,7 +307,7 @@ struct recovery {
 static suspends bool try_to_start(struct recovery *recovery)
 {
 	struct daemon *daemon = recovery->daemon;
-	struct export *export;
+	struct export *export = NULL;
 	struct err err;
 	int ret = daemon_begin_change(daemon, &err);
 
@@ -316,6 +316,8 @@ static suspends bool try_to_start(struct recovery *recovery)
 	struct config_export *config = find_config(daemon, recovery->name);
 	if (config && !export_find(daemon, recovery->name))
 		ret = export_start(daemon, config, &export, &err);
+	if (!ret && export)
+		ret = daemon_attach_wanted(daemon, export, &err);
 	if (!config)
 		daemon_drop_strangers(daemon);
 	daemon_end_change(daemon);

@@ -175,26 +175,35 @@ static suspends int start_exports(struct daemon *daemon, struct err *err)
 	return ret;
 }
 
+suspends int daemon_attach_wanted(struct daemon *daemon, struct export *export, struct err *err)
+{
+	const char *name = export->config->name;
+
+	if (daemon->stopping || export->kernel || daemon_wants_detached(daemon, name))
+		return 0;
+	export_take_up_left(export);
+	if (!*export->config->device)
+		return 0;
+	keeper_tell(daemon->keeper, KEEPER_STATUS, "Attaching export \"%s\" to the kernel", name);
+	int ret = export_attach(export, NULL, err);
+	if (ret)
+		err_place(err, conf_get(export->config->conf, "device")->where);
+	if (ret && daemon_recovers(daemon)) {
+		log_error("%s", err->text);
+		ret = 0;
+	}
+	return ret;
+}
+
 /* After all stacks are open: so that no device appears for a start that fails on a disk. */
 static suspends int attach_devices(struct daemon *daemon, struct err *err)
 {
 	int ret = 0;
 
-	list_for_each (link, &daemon->exports) {
-		struct export *export = list_entry(link, struct export, link);
-		if (ret || daemon->stopping || export->kernel || !*export->config->device ||
-			daemon_wants_detached(daemon, export->config->name))
-			continue;
-		keeper_tell(daemon->keeper, KEEPER_STATUS, "Attaching export \"%s\" to the kernel",
-			export->config->name);
-		ret = export_attach(export, NULL, err);
-		if (ret)
-			err_place(err, conf_get(export->config->conf, "device")->where);
-		if (ret && daemon_recovers(daemon)) {
-			log_error("%s", err->text);
-			ret = 0;
-		}
-	}
+	list_for_each (link, &daemon->exports)
+		if (!ret)
+			ret = daemon_attach_wanted(
+				daemon, list_entry(link, struct export, link), err);
 	return ret;
 }
 

@@ -28,6 +28,7 @@
 struct config_source;
 struct nbd_door;
 struct control;
+struct export;
 struct listener;
 struct watchdog;
 
@@ -84,6 +85,12 @@ void daemon_apply_config(struct daemon *daemon);
 
 /* How long requests of an export that goes away have to finish. */
 uint64_t daemon_stop_timeout_ns(const struct daemon *daemon);
+
+/*
+ * Once it is open: the device that its config names, unless somebody detached it, or one that was left. A server that
+ * recovers logs the error and goes on.
+ */
+suspends int daemon_attach_wanted(struct daemon *daemon, struct export *export, struct err *err);
 
 /* Tells the service manager how many exports and devices are served now, and what is wrong with them. */
 void daemon_tell_status(const struct daemon *daemon);

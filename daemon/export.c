@@ -354,6 +354,24 @@ suspends int export_attach(struct export *export, const char *device, struct err
 	return ret;
 }
 
+suspends void export_take_up_left(struct export *export)
+{
+	const char *name = export->config->name;
+	char device[KERNEL_NAME_LEN + 8];
+	struct err err;
+
+	if (export->kernel || *export->config->device || !kernel_find_left(name, device))
+		return;
+	log_info("export \"%s\": %s was attached to it by hand, before the daemon died: taking it "
+		 "up",
+		name, device);
+	if (export_attach(export, device, &err))
+		log_error("export \"%s\": %s is not taken up, and its users wait: %s; after "
+			  "mending that: "
+			  "blkstackctl attach %s %s",
+			name, device, err.text, name, device);
+}
+
 static suspends int detach(struct export *export, bool force, struct err *err)
 {
 	if (!export->kernel)

@@ -129,6 +129,11 @@ suspends int export_discard(struct export *export, uint64_t off, uint64_t len, s
  * nothing). Returns when the device is ready to use. -EALREADY when one is attached.
  */
 suspends int export_attach(struct export *export, const char *device, struct err *err);
+/*
+ * A device that was attached by hand and whose daemon died as a whole: the driver keeps it, and its users wait. That it
+ * cannot be taken up is logged, and no reason not to serve the export.
+ */
+suspends void export_take_up_left(struct export *export);
 /* -EBUSY, naming by whom, while the device is in use and not force; -ENOENT when none is attached. */
 suspends int export_detach(struct export *export, bool force, struct err *err);
 

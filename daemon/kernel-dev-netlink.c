@@ -338,6 +338,22 @@ static bool find_own(struct kernel_dev *dev)
 	return false;
 }
 
+bool kernel_dev_find_left(const char *identifier, char name[KERNEL_NAME_LEN])
+{
+	CLEANUP(free) unsigned *indices = NULL;
+	size_t count = 0;
+
+	if (kernel_sysfs_list(&indices, &count, NULL))
+		return false;
+	for (size_t i = 0; i < count; i++) {
+		snprintf(name, KERNEL_NAME_LEN, "nbd%u", indices[i]);
+		if (has_identifier(name, identifier) && kernel_sysfs_server(name) &&
+			!kernel_lock_holder(name, NULL))
+			return true;
+	}
+	return false;
+}
+
 /* --- what the common part calls --------------------------------------------------------------- */
 
 static int claim_any(struct kernel_dev *dev, struct err *err)

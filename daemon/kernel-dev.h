@@ -70,6 +70,12 @@ int kernel_dev_adopt(const struct kernel_dev_opts *opts, const char *name,
 	const struct kernel_ends *ends, void (*on_end)(void *arg, int reason), void *arg,
 	struct kernel_dev **dev, struct err *err);
 
+/*
+ * One that was attached by netlink under that identifier, and whose keeper is gone: to be claimed by its name. Asks sysfs
+ * only, so that one which was disconnected, but is still open somewhere, is found as well; the claim sees the difference.
+ */
+bool kernel_dev_find_left(const char *identifier, char name[KERNEL_NAME_LEN]);
+
 /* Closes those that are left: entries of -1 were taken. */
 void kernel_ends_close(struct kernel_ends *ends);
 

@@ -306,6 +306,17 @@ static suspends int attach_once(
 	return 0;
 }
 
+bool kernel_find_left(const char *export, char device[KERNEL_NAME_LEN + 8])
+{
+	char identifier[KEEPER_EXPORT_LEN + 16], name[KERNEL_NAME_LEN];
+
+	snprintf(identifier, sizeof(identifier), "blkstack:%s", export);
+	if (!kernel_dev_find_left(identifier, name))
+		return false;
+	snprintf(device, KERNEL_NAME_LEN + 8, "/dev/%s", name);
+	return true;
+}
+
 suspends int kernel_attach(
 	const struct kernel_opts *opts, struct kernel_door **door, struct err *err)
 {

@@ -46,6 +46,9 @@ struct kernel_opts {
 suspends int kernel_attach(
 	const struct kernel_opts *opts, struct kernel_door **door, struct err *err);
 
+/* The device of that export which a daemon that is gone, keeper and all, has left, and which nobody keeps. */
+bool kernel_find_left(const char *export, char device[KERNEL_NAME_LEN + 8]);
+
 /*
  * Writes the device's cache back and disconnects; the door is freed on success and stays on an error:
  * -EBUSY while the device is in use (says by whom), -EIO when its cache cannot be written, neither with

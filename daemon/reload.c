@@ -204,6 +204,7 @@ static suspends int take_away(
 
 static suspends int attach(struct export *export, struct err *err)
 {
+	export_take_up_left(export);
 	if (export->kernel || !*export->config->device)
 		return 0;
 	int ret = export_attach(export, NULL, err);

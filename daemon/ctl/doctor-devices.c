@@ -134,9 +134,9 @@ static void report_waiting(struct doctor *doctor, const struct device *device)
 	char remedy[512], size[UNITS_SIZE_TEXT_LEN], users[600];
 
 	snprintf(remedy, sizeof(remedy),
-		"Start blkstackd with an export \"%.64s\": it takes the device up again, and what "
-		"waits goes "
-		"on.\n"
+		"Start blkstackd with an export \"%.64s\", or add it there (blkstackctl add): it "
+		"takes "
+		"the\ndevice up again, and what waits goes on.\n"
 		"To give it up: end its users (fuser -vm /dev/nbd%u), unmount it, then nbd-client "
 		"-d "
 		"/dev/nbd%u",
