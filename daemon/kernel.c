@@ -45,6 +45,7 @@ struct kernel_door {
 
 	/* With a keeper. The connections are the journal's, and go on after this process. */
 	struct nbd_journal *journal;
+	struct serving *connections;
 	struct co_group serving; /* connections, as seen from the main reactor */
 };
 
@@ -82,6 +83,7 @@ static suspends void close_journal_call(void *arg)
 static suspends void close_journal(struct kernel_door *door)
 {
 	co_group_wait(&door->serving);
+	free(take_ptr(door->connections));
 	if (door->journal)
 		co_call_on(door->nbd->home, close_journal_call, door);
 }
@@ -138,27 +140,30 @@ static void serve_left(struct task *task)
 	struct serving *serving = container_of(task, struct serving, left);
 
 	co_group_leave(&serving->door->serving);
-	free(serving);
 }
 
-/* Takes fd over. */
-static int start_serving(struct kernel_door *door, int fd, unsigned connection, struct err *err)
+/* All connections or none: who waits for their end waits for all. Without a journal it takes the server's ends over. */
+static int start_serving(struct kernel_door *door, struct err *err)
 {
-	struct serving *serving = calloc(1, sizeof(*serving));
+	struct kernel_ends *ends = &door->hold.ends;
 
-	if (!serving) {
-		if (fd >= 0)
-			close(fd);
+	door->connections = calloc(ends->count, sizeof(*door->connections));
+	if (!door->connections)
 		return err_set(err, ENOMEM, "out of memory");
+	for (unsigned i = 0; i < ends->count; i++) {
+		struct serving *serving = &door->connections[i];
+
+		*serving = (struct serving){
+			.door = door,
+			.fd = door->journal ? -1 : take_fd(&ends->server[i]),
+			.connection = door->journal ? i : 0,
+		};
+		snprintf(serving->device, sizeof(serving->device), "%s", door->device);
+		task_init(&serving->arrived, serve_arrived);
+		task_init(&serving->left, serve_left);
+		co_group_enter(&door->serving);
+		reactor_post(door->nbd->home, &serving->arrived);
 	}
-	serving->door = door;
-	serving->fd = fd;
-	serving->connection = connection;
-	snprintf(serving->device, sizeof(serving->device), "%s", door->device);
-	task_init(&serving->arrived, serve_arrived);
-	task_init(&serving->left, serve_left);
-	co_group_enter(&door->serving);
-	reactor_post(door->nbd->home, &serving->arrived);
 	return 0;
 }
 
@@ -220,10 +225,7 @@ static suspends int serve_with_journal(struct kernel_door *door, struct err *err
 	co_offload(open_journal, &opening);
 	if (!opening.ret)
 		co_call_on(door->nbd->home, replay, &opening);
-	ret = opening.ret;
-	for (unsigned i = 0; i < door->hold.ends.count && !ret; i++)
-		ret = start_serving(door, -1, i, err);
-	return ret;
+	return opening.ret ? opening.ret : start_serving(door, err);
 }
 
 /* Without a journal nobody knows what was acknowledged by who had the device before. */
@@ -239,16 +241,13 @@ static int check_inherited(const struct kernel_door *door, struct err *err)
 
 static suspends int serve_all(struct kernel_door *door, struct err *err)
 {
-	struct kernel_ends *ends = &door->hold.ends;
-	int ret = 0;
-
 	snprintf(door->device, sizeof(door->device), "/dev/%s", door->hold.name);
 	if (door->hold.keeper)
 		return serve_with_journal(door, err);
-	ret = check_inherited(door, err);
-	for (unsigned i = 0; i < ends->count && !ret; i++)
-		ret = start_serving(door, take_fd(&ends->server[i]), 0, err);
-	kernel_ends_close(ends);
+	int ret = check_inherited(door, err);
+	if (!ret)
+		ret = start_serving(door, err);
+	kernel_ends_close(&door->hold.ends);
 	return ret;
 }
 
