@@ -35,7 +35,8 @@ int listeners_add(struct listeners *listeners, int fd, const char *name)
 	return 0;
 }
 
-void listeners_forget(struct listeners *listeners)
+/* A client may have put into one of them what takes its time to close. */
+void listeners_forget(struct listeners *listeners, struct keeper_fds *fds)
 {
 	unsigned left = 0;
 
@@ -43,7 +44,7 @@ void listeners_forget(struct listeners *listeners)
 		if (strcmp(listeners->items[i].name, LISTEN_KEPT))
 			listeners->items[left++] = listeners->items[i];
 		else
-			close(listeners->items[i].fd);
+			fds->fd[fds->count++] = listeners->items[i].fd;
 	}
 	listeners->count = left;
 	store_forget_listeners();

@@ -52,6 +52,7 @@
 #define PAUSE_MAX_NS      (10 * NS_PER_SEC)
 #define EARLY_DEATHS_MAX  8
 #define UPGRADE_NS        (60 * NS_PER_SEC) /* for the new program to be ready */
+#define DEAF_NS           (5 * NS_PER_SEC)  /* with all closers busy: see keeper-closers.c */
 #define MESSAGES_PER_TURN 64
 #define LAST_WORDS_MAX    1024 /* more than the socket holds: what comes then is of another process */
 #define NEVER             UINT64_MAX
@@ -69,7 +70,8 @@ struct life {
 	int upgrade;      /* the one that is being tried, or -1 */
 	enum phase phase; /* of the server that runs or ran last */
 	uint64_t started_ns, start_at_ns, upgrade_until_ns;
-	unsigned early_deaths; /* in a row */
+	uint64_t deaf_until_ns; /* NEVER: it can hear the server */
+	unsigned early_deaths;  /* in a row */
 	uint32_t restarts;
 	char last_end[KEEPER_TEXT_LEN];
 	bool trying; /* the server is of the upgrade, not ready yet */
@@ -387,11 +389,11 @@ static void keep(struct life *life, const struct keeper_message *request, struct
 	keeper_say(&life->keeper, KEEPER_ANSWER, &answer, NULL, 0);
 }
 
-static void forget(struct life *life, const struct keeper_message *request)
+static void forget(struct life *life, const struct keeper_message *request, struct keeper_fds *fds)
 {
 	const struct keeper_message answer = { .id = request->id };
 
-	listeners_forget(&life->keeper.listeners);
+	listeners_forget(&life->keeper.listeners, fds);
 	keeper_say(&life->keeper, KEEPER_ANSWER, &answer, NULL, 0);
 }
 
@@ -429,7 +431,7 @@ static void handle(struct life *life, const struct keeper_message *said, struct 
 	case KEEPER_FREE:
 		return devices_request(&life->keeper, said, fds);
 	case KEEPER_FORGET:
-		return forget(life, said);
+		return forget(life, said, fds);
 	case KEEPER_KEEP:
 		return keep(life, said, fds);
 	case KEEPER_NOTE:
@@ -455,39 +457,20 @@ static void handle(struct life *life, const struct keeper_message *said, struct 
 	}
 }
 
-static void *close_thread(void *arg)
-{
-	keeper_fds_close(arg);
-	free(arg);
-	return NULL;
-}
-
-/*
- * What a server sent, or has under way, may take any time to close: a connection that lingers, a file on a file system of its
- * own. So that is not for this thread. A good server sends nothing that is closed here.
- */
-static void close_elsewhere(struct keeper_fds *fds)
-{
-	struct keeper_fds *taken = fds->count ? malloc(sizeof(*taken)) : NULL;
-	pthread_t thread;
-
-	if (taken)
-		*taken = *fds;
-	if (taken && !pthread_create(&thread, NULL, close_thread, taken)) {
-		pthread_detach(thread);
-		fds->count = 0;
-		return;
-	}
-	free(taken);
-	keeper_fds_close(fds);
-}
-
+/* Later, if nobody can close it now. */
 static void stop_listening(struct keeper *keeper)
 {
-	struct keeper_fds fds = { .count = keeper->sock >= 0 };
+	struct keeper_fds fds = { .count = 1 };
 
+	if (keeper->sock < 0 || !closers_free(&keeper->closers))
+		return;
 	fds.fd[0] = take_fd(&keeper->sock);
-	close_elsewhere(&fds);
+	closers_take(&keeper->closers, &fds);
+}
+
+static bool can_hear(struct keeper *keeper)
+{
+	return keeper->sock >= 0 && closers_free(&keeper->closers);
 }
 
 /* Some of what has come: one that never stops talking must not keep the keeper from everything else. */
@@ -498,11 +481,11 @@ static void hear_server(struct life *life, unsigned most)
 	struct keeper_fds fds;
 	int ret = 1;
 
-	for (unsigned count = 0; count < most && keeper->sock >= 0; count++) {
+	for (unsigned count = 0; count < most && can_hear(keeper); count++) {
 		ret = keeper_receive(keeper->sock, &said, &fds);
 		if (ret > 0)
 			handle(life, &said, &fds);
-		close_elsewhere(&fds);
+		closers_take(&keeper->closers, &fds);
 		if (ret <= 0)
 			break;
 	}
@@ -527,6 +510,10 @@ static void reap_server(struct life *life)
 	hear_server(life, LAST_WORDS_MAX); /* a death is judged by them */
 	stop_listening(keeper);
 	server_ended(life, status);
+	if (keeper->sock < 0 || life->done)
+		return;
+	log_error("keeper: another server can be started only when what this one sent has closed");
+	set_status_line("NOT SERVING: what the last server sent does not close");
 }
 
 static void try_again(struct life *life)
@@ -542,8 +529,8 @@ static void stop(struct life *life)
 	life->leaving = manager_restarts(store_count(&life->keeper));
 	if (life->keeper.server)
 		stop_server(life);
-	else if (life->leaving && store_has_all(&life->keeper))
-		finish(life, EXIT_FAILURE);
+	else if (life->keeper.sock >= 0 || (life->leaving && store_has_all(&life->keeper)))
+		finish(life, EXIT_FAILURE); /* without another server, or for the next start */
 	else if (life->start_at_ns == NEVER || life->start_at_ns > now_ns())
 		try_again(life); /* it writes back and gives back */
 }
@@ -613,6 +600,22 @@ static void look_after_watchdog(struct life *life, uint64_t now)
 	}
 }
 
+static void look_after_closers(struct life *life, uint64_t now)
+{
+	struct keeper *keeper = &life->keeper;
+
+	if (!keeper->server || keeper->sock < 0 || closers_free(&keeper->closers))
+		life->deaf_until_ns = NEVER;
+	else if (life->deaf_until_ns == NEVER)
+		life->deaf_until_ns = now + DEAF_NS;
+	if (now < life->deaf_until_ns)
+		return;
+	life->deaf_until_ns = NEVER;
+	log_error("keeper: what the server sent does not close for %u s; killing it",
+		(unsigned)(DEAF_NS / NS_PER_SEC));
+	kill_server(keeper);
+}
+
 static void look_at_clock(struct life *life)
 {
 	uint64_t now = now_ns();
@@ -623,16 +626,19 @@ static void look_at_clock(struct life *life)
 			(unsigned)(UPGRADE_NS / NS_PER_SEC));
 		kill_server(&life->keeper);
 	}
-	if (!life->keeper.server && now >= life->start_at_ns)
+	look_after_closers(life, now);
+	if (!life->keeper.server)
+		stop_listening(&life->keeper);
+	if (!life->keeper.server && life->keeper.sock < 0 && now >= life->start_at_ns)
 		start_server(life);
 	look_after_watchdog(life, now);
 }
 
 static int poll_timeout_ms(const struct life *life)
 {
-	uint64_t now = now_ns(), until = life->upgrade_until_ns;
+	uint64_t now = now_ns(), until = MIN(life->upgrade_until_ns, life->deaf_until_ns);
 
-	if (!life->keeper.server)
+	if (!life->keeper.server && life->keeper.sock < 0)
 		until = MIN(until, life->start_at_ns);
 	if (life->watchdog_ns)
 		until = MIN(until, life->fed_ns + life->watchdog_ns / 4);
@@ -645,15 +651,20 @@ static int poll_timeout_ms(const struct life *life)
 
 static void turn(struct life *life)
 {
+	struct keeper *keeper = &life->keeper;
+	bool hears = keeper->server && can_hear(keeper);
 	struct pollfd fds[] = {
 		{ .fd = life->signals, .events = POLLIN },
-		{ .fd = life->keeper.devices.events[0], .events = POLLIN },
-		{ .fd = life->keeper.sock, .events = POLLIN },
+		{ .fd = keeper->devices.events[0], .events = POLLIN },
+		{ .fd = hears ? keeper->sock : -1, .events = POLLIN },
+		{ .fd = keeper->closers.event, .events = POLLIN },
 	};
 
 	if (poll(fds, ARRAY_LEN(fds), poll_timeout_ms(life)) > 0) {
+		if (fds[3].revents)
+			closers_event(&keeper->closers);
 		if (fds[1].revents)
-			devices_events(&life->keeper);
+			devices_events(keeper);
 		if (fds[2].revents)
 			hear_server(life, MESSAGES_PER_TURN);
 		if (fds[0].revents)
@@ -683,7 +694,8 @@ static int init(struct life *life)
 		life->restarts = 1;
 		snprintf(life->last_end, sizeof(life->last_end), "its keeper ended too");
 	}
-	return watch_signals(life);
+	ret = watch_signals(life);
+	return ret ? ret : closers_init(&life->keeper.closers);
 }
 
 int keeper_run(char *const *argv)
@@ -694,7 +706,11 @@ int keeper_run(char *const *argv)
 	if (!life)
 		return EXIT_FAILURE;
 	*life = (struct life){
-		.keeper.sock = -1, .argv = argv, .upgrade = -1, .upgrade_until_ns = NEVER
+		.keeper.sock = -1,
+		.argv = argv,
+		.upgrade = -1,
+		.upgrade_until_ns = NEVER,
+		.deaf_until_ns = NEVER,
 	};
 	prctl(PR_SET_NAME, "blkstackd"); /* who attached the devices, for all who look */
 	if (kernel_guard_reclaim(true, &err))
@@ -708,8 +724,6 @@ int keeper_run(char *const *argv)
 		turn(life);
 	if (!life->leaving)
 		devices_free(&life->keeper);
-	int status = life->status;
-	if (!life->keeper.devices.count) /* else a thread of a device that hangs may look at it */
-		free(life);
-	return status;
+	return life
+		->status; /* which is not freed: threads that hang, or wait for work, look at it */
 }

@@ -5,10 +5,13 @@
 #pragma once
 
 #include <pthread.h>
+#include <semaphore.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <sys/types.h>
 
+#include "base/util.h"
 #include "daemon/kernel-dev.h"
 #include "daemon/keeper-wire.h"
 
@@ -80,8 +83,34 @@ struct listeners {
 
 /* Takes fd over. */
 int listeners_add(struct listeners *listeners, int fd, const char *name);
-/* Those that listeners_add() got as LISTEN_KEPT. */
-void listeners_forget(struct listeners *listeners);
+/* Those that listeners_add() got as LISTEN_KEPT; adds their descriptors to those of a message. */
+void listeners_forget(struct listeners *listeners, struct keeper_fds *fds);
+_Static_assert(KEEPER_LISTENERS_MAX + KEEPER_FDS_MAX <= ARRAY_LEN(((struct keeper_fds *)0)->fd),
+	"they fit beside those of a message");
+
+/* --- closing what servers sent: keeper-closers.c ----------------------------------------------- */
+
+#define KEEPER_CLOSERS 4 /* each holds as many descriptors as come with a message at most */
+
+struct closer {
+	sem_t wanted;
+	atomic_bool busy;
+	struct keeper_fds fds;
+	int event;
+};
+
+struct closers {
+	struct closer items[KEEPER_CLOSERS];
+	int event; /* readable when one has become free */
+};
+
+int closers_init(struct closers *closers);
+/* Whether one can take something. */
+bool closers_free(struct closers *closers);
+/* Takes the descriptors over. One is free. */
+void closers_take(struct closers *closers, struct keeper_fds *fds);
+/* The event is readable. */
+void closers_event(struct closers *closers);
 
 /* --- notes: keeper-notes.c --------------------------------------------------------------------- */
 
@@ -139,6 +168,7 @@ struct keeper {
 	struct devices devices;
 	struct listeners listeners;
 	struct notes notes;
+	struct closers closers;
 	pid_t server;       /* 0: none runs */
 	uint64_t server_id; /* counts servers, from 1 */
 	int sock;           /* to the server that runs, or -1 */

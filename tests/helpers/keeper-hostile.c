@@ -30,6 +30,7 @@
 
 #include "base/util.h"
 #include "daemon/keeper-wire.h"
+#include "daemon/keeper_private.h"
 #include "daemon/privileges.h"
 
 #define CHECK(cond)                                                                         \
@@ -316,21 +317,40 @@ static int lingering(int *peer)
 	return fd;
 }
 
-/* The keeper's descriptor is the last one; to exit waits for nothing. */
-static void lingers(void)
+/* Each with a message of its own. The keeper's descriptors are the last ones; to exit waits for nothing. */
+static void send_lingering(unsigned count)
 {
-	struct keeper_message message = { .word = KEEPER_STATUS };
-	int peer, fd = lingering(&peer);
+	const struct keeper_message message = { .word = KEEPER_STATUS };
 	pid_t keeper = getppid(), child;
+	int peer, fds[64];
 
+	for (unsigned i = 0; i < count; i++)
+		fds[i] = lingering(&peer);
 	CHECK(!kill(keeper, SIGSTOP));
 	child = fork();
 	if (!child) {
-		send_raw(&message, sizeof(message), &fd, 1);
+		for (unsigned i = 0; i < count; i++)
+			send_raw(&message, sizeof(message), &fds[i], 1);
 		_exit(0);
 	}
-	CHECK(!close(fd) && waitpid(child, NULL, 0) == child && !kill(keeper, SIGCONT));
+	for (unsigned i = 0; i < count; i++)
+		CHECK(!close(fds[i]));
+	CHECK(waitpid(child, NULL, 0) == child && !kill(keeper, SIGCONT));
+}
+
+static void lingers(void)
+{
+	struct keeper_message message = {};
+
+	send_lingering(1);
 	CHECK(!ask(KEEPER_HELLO, &message, NULL, 0));
+}
+
+/* More than the keeper has patience for. */
+static void lingers_often(void)
+{
+	send_lingering(KEEPER_CLOSERS + 2);
+	wait_for_death();
 }
 
 /* --- what an ordinary user cannot do ------------------------------------------------------------ */
@@ -512,6 +532,7 @@ static const struct {
 	{ "another_version_stops", another_version_stops },
 	{ "parks_at_once", parks_at_once },
 	{ "lingers", lingers },
+	{ "lingers_often", lingers_often },
 	{ "ordinary_user", ordinary_user },
 	{ "dies_in_a_claim", dies_in_a_claim },
 	{ "floods", floods },
