@@ -96,9 +96,10 @@ bool manager_restarts(unsigned fd_count)
 
 		restarts = stored >= fd_count;
 		if (!restarts)
-			log_error("keeper: the service manager keeps only %u of %u descriptors "
-				  "(FileDescriptorStoreMax): devices are given back, not kept over "
-				  "the restart",
+			log_error(
+				"keeper: the service manager keeps only %u of %u descriptors "
+				"(FileDescriptorStoreMax): devices and sockets are given back, not "
+				"kept over the restart",
 				stored, fd_count);
 	}
 	free(unit);

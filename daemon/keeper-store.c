@@ -162,8 +162,11 @@ bool store_has_all(const struct keeper *keeper)
 
 unsigned store_count(const struct keeper *keeper)
 {
+	const struct listeners *listeners = &keeper->listeners;
 	unsigned count = 0;
 
+	for (unsigned i = 0; i < listeners->count; i++)
+		count += !strcmp(listeners->items[i].name, LISTEN_KEPT);
 	for (size_t i = 0; i < KEEPER_DEVICES_MAX; i++) {
 		const struct held *held = keeper->devices.slots[i];
 

@@ -722,8 +722,10 @@ int keeper_run(char *const *argv)
 	}
 	while (!life->done)
 		turn(life);
-	if (!life->leaving)
+	if (!life->leaving) {
 		devices_free(&life->keeper);
+		store_forget_listeners(); /* their files are gone, and the store may outlive this */
+	}
 	return life
 		->status; /* which is not freed: threads that hang, or wait for work, look at it */
 }

@@ -140,7 +140,7 @@ void store_put_listener(int fd);
 void store_forget_listeners(void);
 /* Whether no device dies with the keeper. */
 bool store_has_all(const struct keeper *keeper);
-/* How many descriptors of devices have to be in it. */
+/* How many descriptors have to be in it, those of devices and listening sockets. */
 unsigned store_count(const struct keeper *keeper);
 /* At the start: devices and listening sockets that the service manager passed. */
 void store_take_over(struct keeper *keeper);
