@@ -63,7 +63,8 @@ DAEMON_SRC := $(wildcard daemon/*.c)
 CTL_SRC    := $(wildcard daemon/ctl/*.c)
 IMG_SRC    := $(wildcard daemon/img/*.c)
 UNIT_SRC   := $(wildcard tests/unit/*.c)
-HELPER_SRC := $(wildcard tests/helpers/*.c)
+PRELOADED  := $O/tests/helpers/short-of.so
+HELPER_SRC := $(filter-out $(PRELOADED:$O/%.so=%.c),$(wildcard tests/helpers/*.c))
 FUZZ_SRC   := $(wildcard tests/fuzz/*.c)
 
 LIB_OBJ    := $(LIB_SRC:%.c=$O/%.o)
@@ -74,7 +75,7 @@ IMG_OBJ    := $(IMG_SRC:%.c=$O/%.o)
 PROGRAMS := $(if $(wildcard daemon/main.c),$O/blkstackd) $(if $(CTL_SRC),$O/blkstackctl) \
 	$(if $(IMG_SRC),$O/blkstack-img)
 UNITS    := $(UNIT_SRC:%.c=$O/%)
-HELPERS  := $(HELPER_SRC:%.c=$O/%)
+HELPERS  := $(HELPER_SRC:%.c=$O/%) $(PRELOADED)
 FUZZERS  := $(FUZZ_SRC:%.c=$O/%)
 BENCHES  := $O/tests/bench/nbdload $O/tests/bench/firstbyte
 BENCH_OBJ := $O/tests/bench/client.o $O/tests/bench/cpu.o
@@ -106,9 +107,14 @@ $O/blkstack-img: $(IMG_OBJ) $O/libblkstack.a
 	$Q$(CC) $(ALL_CFLAGS) $(LDFLAGS) -o $@ $^ $(IMG_LIBS) $(LDLIBS)
 
 # A unit test is one program per file; it may use anything in lib/.
-$(UNITS) $(HELPERS): $O/%: $O/%.o $O/libblkstack.a
+$(UNITS) $(HELPER_SRC:%.c=$O/%): $O/%: $O/%.o $O/libblkstack.a
 	$(call say,LD,$@)
 	$Q$(CC) $(ALL_CFLAGS) $(LDFLAGS) -o $@ $(filter %.o,$^) $O/libblkstack.a $(TEST_LIBS) $(LDLIBS) -lm
+
+$(PRELOADED): $O/%.so: %.c
+	$(call say,LD,$@)
+	@mkdir -p $(@D)
+	$Q$(CC) $(CPPFLAGS) $(ALL_CFLAGS) $(LDFLAGS) -MMD -MP -fPIC -shared -o $@ $< -ldl
 
 # What the control interface is described by is linked in as it stands.
 $O/daemon/control.o: daemon/org.blkstack.varlink

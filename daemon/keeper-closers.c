@@ -9,7 +9,6 @@
  */
 #include <errno.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdatomic.h>
 #include <sys/eventfd.h>
 
@@ -32,15 +31,12 @@ static void *closer_thread(void *arg)
 
 int closers_init(struct closers *closers)
 {
-	sigset_t all, before;
 	pthread_t thread;
 	int ret = 0;
 
 	closers->event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (closers->event < 0)
 		return -errno;
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, &before);
 	for (size_t i = 0; i < ARRAY_LEN(closers->items) && !ret; i++) {
 		struct closer *closer = &closers->items[i];
 
@@ -50,7 +46,6 @@ int closers_init(struct closers *closers)
 		if (!ret)
 			pthread_detach(thread);
 	}
-	pthread_sigmask(SIG_SETMASK, &before, NULL);
 	return ret;
 }
 

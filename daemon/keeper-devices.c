@@ -2,7 +2,7 @@
  * The keeper's devices: claimed, changed and given back as the server asks, and held while there is none.
  *
  * Everything kernel_dev_*() does may block, some of it until the server has answered requests of the very
- * device. So each request runs as a job on a thread of its own, one per device at a time, and comes back to the main
+ * device. So each request runs as a job on the device's thread, one at a time, and comes back to the main
  * thread through a pipe; so does the word of a device's own thread that the driver gave the device up.
  * A job outlives the server that asked for it: its successor answers the device's requests meanwhile.
  * A claim whose server died before it was answered is undone, since nobody knows of it.
@@ -58,30 +58,57 @@ static void dev_ended(void *arg, int reason)
 
 /* --- slots ------------------------------------------------------------------------------------ */
 
-static struct held *held_new(struct keeper *keeper)
+static void *job_thread(void *arg)
 {
-	struct devices *devices = &keeper->devices;
+	struct held *held = arg;
 
-	for (uint32_t slot = 0; slot < KEEPER_DEVICES_MAX; slot++) {
-		if (devices->slots[slot])
-			continue;
-		struct held *held = calloc(1, sizeof(*held));
-		if (!held)
+	for (;;) {
+		while (sem_wait(&held->wanted))
+			;
+		if (!held->job.run)
 			return NULL;
-		held->keeper = keeper;
-		held->slot = slot;
-		held->journal = held->stored = -1;
-		devices->slots[slot] = held;
-		devices->count++;
-		return held;
+		held->job.ret = held->job.run(held, &held->job.err);
+		tell(held, JOB_DONE, 0);
 	}
-	return NULL;
 }
 
+/* The thread is there before anything is, so that none is missing when a device is to be given back. */
+static int held_new(struct keeper *keeper, struct held **new, struct err *err)
+{
+	struct devices *devices = &keeper->devices;
+	uint32_t slot = 0;
+
+	while (slot < KEEPER_DEVICES_MAX && devices->slots[slot])
+		slot++;
+	if (slot == KEEPER_DEVICES_MAX)
+		return err_set(err, ENOSPC, "the keeper holds as many devices as it can");
+	struct held *held = calloc(1, sizeof(*held));
+	if (!held)
+		return err_set(err, ENOMEM, "the keeper has no memory");
+	held->keeper = keeper;
+	held->slot = slot;
+	held->journal = held->stored = -1;
+	sem_init(&held->wanted, 0, 0);
+	int ret = pthread_create(&held->thread, NULL, job_thread, held);
+	if (ret) {
+		free(held);
+		return err_sys(err, ret, "the keeper cannot start a thread");
+	}
+	devices->slots[slot] = held;
+	devices->count++;
+	*new = held;
+	return 0;
+}
+
+/* It has no job. */
 static void held_free(struct held *held)
 {
 	struct devices *devices = &held->keeper->devices;
 
+	held->job.run = NULL;
+	sem_post(&held->wanted);
+	pthread_join(held->thread, NULL);
+	sem_destroy(&held->wanted);
 	devices->slots[held->slot] = NULL;
 	devices->count--;
 	kernel_ends_close(&held->ends);
@@ -193,31 +220,13 @@ static int run_free(struct held *held, struct err *err)
 	return 0;
 }
 
-static void *job_thread(void *arg)
-{
-	struct held *held = arg;
-
-	held->job.ret = held->job.run(held, &held->job.err);
-	tell(held, JOB_DONE, 0);
-	return NULL;
-}
-
-static int job_start(
+static void job_start(
 	struct held *held, const struct keeper_message *request, uint64_t server, job_fn *run)
 {
-	pthread_attr_t attr;
-	pthread_t thread;
-
 	held->job = (struct job){ .run = run, .running = true, .server = server, .journal = -1 };
 	if (request)
 		held->job.request = *request;
-	pthread_attr_init(&attr);
-	pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
-	int ret = pthread_create(&thread, &attr, job_thread, held);
-	pthread_attr_destroy(&attr);
-	if (ret) /* UNTESTED */
-		held->job = (struct job){ .journal = -1 };
-	return -ret;
+	sem_post(&held->wanted);
 }
 
 /* --- answers ---------------------------------------------------------------------------------- */
@@ -270,15 +279,24 @@ static void answer_job(struct held *held)
 		keeper_say(held->keeper, KEEPER_ANSWER, &answer, NULL, 0);
 }
 
-/* New connections begin without a past. */
-static void take_new_ends(struct held *held)
+static void drop_ends(struct held *held)
 {
 	store_forget_device(held);
 	kernel_ends_close(&held->ends);
-	held->ends = held->job.ends;
 	held->facts.settled = false;
 	if (held->journal >= 0)
-		close(held->journal);
+		close(take_fd(&held->journal));
+}
+
+/* New connections begin without a past. Without them there are none: the old ones are shut, and no server can use them. */
+static void reconnected(struct held *held, int ret)
+{
+	if (ret == -EOPNOTSUPP)
+		return;
+	drop_ends(held);
+	if (ret)
+		return;
+	held->ends = held->job.ends;
 	held->journal = held->job.journal;
 	store_put_device(held);
 }
@@ -290,8 +308,8 @@ static void job_done(struct held *held)
 	int ret = job->ret;
 
 	job->running = false;
-	if (run == run_reconnect && !ret)
-		take_new_ends(held);
+	if (run == run_reconnect)
+		reconnected(held, ret);
 	if (run == run_resize && !ret)
 		held->facts.size_bytes = job->request.size_bytes;
 	if (run == run_settle)
@@ -299,9 +317,8 @@ static void job_done(struct held *held)
 	if (run == run_settle || run == run_resize)
 		store_note_device(held);
 	if (run == run_claim && !ret) {
-		/* Without a thread to undo it the next server finds it. */
-		if (job->server != held->keeper->server_id && !job_start(held, NULL, 0, run_free))
-			return;
+		if (job->server != held->keeper->server_id)
+			return job_start(held, NULL, 0, run_free);
 		store_put_device(held);
 	}
 	answer_job(held);
@@ -375,18 +392,16 @@ static void claim(struct keeper *keeper, const struct keeper_message *request)
 	if (find_export(&keeper->devices, request->export))
 		return refuse(
 			keeper, request, EBUSY, "the keeper has a device of this name already");
-	struct held *held = held_new(keeper);
-	if (!held)
-		return refuse(
-			keeper, request, ENOSPC, "the keeper holds as many devices as it can");
+	struct held *held;
+	struct err err;
+	int ret = held_new(keeper, &held, &err);
+	if (ret)
+		return refuse(keeper, request, -ret, err.text);
 	held->facts = *request;
 	held->facts.restarts = 0;
 	held->facts.settled = false;
 	set_identifier(held);
-	if (job_start(held, request, keeper->server_id, run_claim)) {
-		held_free(held);
-		refuse(keeper, request, EAGAIN, "the keeper cannot start a thread");
-	}
+	job_start(held, request, keeper->server_id, run_claim);
 }
 
 /* A job that may bring a journal of its own. */
@@ -457,11 +472,7 @@ static void change(struct keeper *keeper, const struct keeper_message *request)
 		return refuse(keeper, request, EBUSY, "the device is being changed already");
 	if (request->word == KEEPER_FREE)
 		store_forget_device(held);
-	if (!job_start(held, request, keeper->server_id, runs[request->word]))
-		return;
-	if (request->word == KEEPER_FREE)
-		store_put_device(held);
-	refuse(keeper, request, EAGAIN, "the keeper cannot start a thread");
+	job_start(held, request, keeper->server_id, runs[request->word]);
 }
 
 void devices_request(
@@ -486,13 +497,14 @@ int devices_adopt(struct keeper *keeper, const struct keeper_message *facts, con
 
 	if (!export_name_ok(facts->export) || find_export(&keeper->devices, facts->export))
 		return err_set(err, EINVAL, "its name is not one, or another device has it");
-	struct held *held = held_new(keeper);
-	if (!held)
-		return err_set(err, ENOSPC, "the keeper holds as many devices as it can");
+	struct held *held;
+	int ret = held_new(keeper, &held, err);
+	if (ret)
+		return ret;
 	held->facts = *facts;
 	set_identifier(held);
 	const struct kernel_dev_opts opts = opts_of(held);
-	int ret = kernel_dev_adopt(&opts, name, ends, dev_ended, held, &held->dev, err);
+	ret = kernel_dev_adopt(&opts, name, ends, dev_ended, held, &held->dev, err);
 	if (ret) {
 		held_free(held);
 		return ret;

@@ -29,12 +29,14 @@
 enum keeper_word {
 	/* Requests of the server; each gets an ANSWER with its id. */
 	KEEPER_HELLO = 1, /* version. Answer: restarts, text: why the last server ended */
-	KEEPER_NEXT, /* slot. Answer: the first device held at or after it, as CLAIM's; -ENOENT: none */
+	/* slot. Answer: the first device held at or after it, as CLAIM's, perhaps without connections; -ENOENT: none */
+	KEEPER_NEXT,
 	/* export, device, sizes, flags, connections. Answer: slot, device, connections; the server's ends,
 	   as many of the driver's, and the journal if there is one. */
 	KEEPER_CLAIM,
 	KEEPER_JOURNAL, /* slot, as all that follow; memory of a sealed size, for the next server */
-	KEEPER_RECONNECT, /* drops the journal. Answer: as CLAIM's, with new connections */
+	/* Drops the journal. Answer: as CLAIM's, with new connections. After an error there are none. */
+	KEEPER_RECONNECT,
 	KEEPER_SETTLE,
 	KEEPER_RESIZE,  /* size_bytes */
 	KEEPER_USERS,   /* force: without opening it. An error says who uses it */

@@ -686,7 +686,11 @@ static int init(struct life *life)
 		return -errno;
 	if (sd_watchdog_enabled(1, &watchdog_us) > 0)
 		life->watchdog_ns = watchdog_us * 1000 / 2;
-	int ret = devices_init(&life->keeper.devices);
+	int ret = watch_signals(life); /* before there is a thread */
+	if (!ret)
+		ret = devices_init(&life->keeper.devices);
+	if (!ret)
+		ret = closers_init(&life->keeper.closers);
 	if (ret)
 		return ret;
 	store_take_over(&life->keeper);
@@ -694,8 +698,7 @@ static int init(struct life *life)
 		life->restarts = 1;
 		snprintf(life->last_end, sizeof(life->last_end), "its keeper ended too");
 	}
-	ret = watch_signals(life);
-	return ret ? ret : closers_init(&life->keeper.closers);
+	return 0;
 }
 
 int keeper_run(char *const *argv)

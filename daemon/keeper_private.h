@@ -22,7 +22,7 @@ struct held;
 
 typedef int job_fn(struct held *held, struct err *err);
 
-/* What may take long, on a thread of its own. One at a time per device. */
+/* What may take long, on the device's thread. One at a time. */
 struct job {
 	job_fn *run;
 	bool running;
@@ -43,6 +43,8 @@ struct held {
 	int stored;                  /* what the service manager's store knows of it; -1: nothing */
 	struct keeper_message facts; /* export, device and sizes as they were claimed or changed */
 	char identifier[KEEPER_EXPORT_LEN + 16];
+	pthread_t thread;
+	sem_t wanted; /* a job, or without one the thread's end */
 	struct job job;
 	bool ended; /* the driver gave it up */
 	int end_reason;

@@ -308,6 +308,7 @@ suspends int kernel_hold_reconnect(struct kernel_hold *hold, struct err *err)
 		return ret;
 	drop_ends(hold);
 	take_ends(hold, &fds);
+	hold->opts.connections = hold->ends.count;
 	hold->settled = false;
 	return 0;
 }
@@ -354,10 +355,9 @@ suspends int kernel_hold_release(struct kernel_hold *hold, bool force, struct er
 static suspends void free_there(struct kernel_hold *hold, bool lost)
 {
 	struct err err;
-	int ret;
 
-	/* A call of a predecessor's is under way, or the keeper is short of something: it must not keep what nobody knows of. */
-	while ((ret = request(hold, KEEPER_FREE, 0, lost, &err)) == -EBUSY || ret == -EAGAIN)
+	/* A call of a predecessor's is under way: the keeper must not keep what nobody knows of. */
+	while (request(hold, KEEPER_FREE, 0, lost, &err) == -EBUSY)
 		co_sleep_ns(NS_PER_SEC / 10);
 }
 

@@ -444,8 +444,9 @@ static bool is_about_journal(int ret)
 
 static suspends int resume(struct kernel_door *door, struct err *err)
 {
-	int ret = serve_with_journal(door, err);
 	struct err again = { 0 };
+	int ret = door->hold.ends.count ? serve_with_journal(door, err)
+					: err_set(err, EUCLEAN, "it lost its connections");
 
 	if (!is_about_journal(ret))
 		return ret;
