@@ -449,12 +449,19 @@ static bool is_left(const struct export *export)
 	return daemon->parking && (!daemon->keeper_ends || kernel_outlives(export->kernel));
 }
 
+/* A start that fails leaves a device that it took up as it found it: its users wait for one that does not. */
+static bool is_put_back(const struct export *export)
+{
+	return export->daemon->env.start_failed && kernel_was_left(export->kernel);
+}
+
 /* The daemon ends: a device in use is detached all the same, after saying whose data is at stake. */
 static suspends void detach_for_good(struct export *export)
 {
 	struct err err;
 
-	if (!export->kernel || is_left(export) || !detach(export, false, &err))
+	if (!export->kernel || is_left(export) || is_put_back(export) ||
+		!detach(export, false, &err))
 		return;
 	log_error("export \"%s\": %s; detaching it all the same, since the daemon stops",
 		export->config->name, err.text);
@@ -604,6 +611,8 @@ suspends void export_stop(struct export *export, uint64_t grace_ns)
 	/* Nobody serves it now: what did not let itself be detached is let go. */
 	if (export->kernel && is_left(export))
 		kernel_leave(take_ptr(export->kernel));
+	else if (export->kernel && is_put_back(export))
+		kernel_let_go(take_ptr(export->kernel));
 	else if (export->kernel)
 		kernel_abandon(take_ptr(export->kernel));
 	co_mutex_unlock(&export->change);

@@ -506,6 +506,11 @@ bool kernel_outlives(const struct kernel_door *door)
 	return door->hold.opts.mode == KERNEL_DEV_NETLINK && !door->hold.ended;
 }
 
+bool kernel_was_left(const struct kernel_door *door)
+{
+	return door->hold.adopted && kernel_outlives(door);
+}
+
 suspends void kernel_let_go(struct kernel_door *door)
 {
 	door_free(door, false);

@@ -92,6 +92,7 @@ uint64_t kernel_size(const struct kernel_door *door);
 suspends void kernel_abandon(struct kernel_door *door);
 /* Whether users of the device wait for the next start when it is let go. */
 bool kernel_outlives(const struct kernel_door *door);
+bool kernel_was_left(const struct kernel_door *door); /* and it did wait for this start */
 suspends void kernel_let_go(struct kernel_door *door);
 /* After nbd_export_close() with a keeper: the device waits for another server. Frees the door. */
 suspends void kernel_leave(struct kernel_door *door);
