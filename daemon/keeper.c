@@ -8,7 +8,7 @@
  * A first server that ends before it was ready has failed to start: its status is the keeper's. One that
  * dies later is replaced: at once the first time, then after pauses that grow while servers die early.
  * After EARLY_DEATHS_MAX of these in a row the keeper stops trying and only holds the devices, whose I/O waits:
- * the files below may need a hand first. SIGHUP or SIGUSR1 makes it try again.
+ * the files below may need a hand first. SIGHUP or SIGUSR1 makes it try again, with the program that is installed then.
  *
  * An upgrade is an end with PARKED followed by the program that stands in the file system now. If that one is not
  * ready in good time it is killed and the old one, whose file is kept open, comes back.
@@ -523,6 +523,16 @@ static void try_again(struct life *life)
 	life->start_at_ns = now_ns();
 }
 
+/* The operator says so: a program that was installed meanwhile may be what mends it. */
+static void try_again_as_told(struct life *life)
+{
+	int program = life->upgrade < 0 ? open_installed(life, false) : -1;
+
+	if (program >= 0)
+		life->upgrade = program;
+	try_again(life);
+}
+
 static void stop(struct life *life)
 {
 	life->stop_wanted = true;
@@ -551,7 +561,7 @@ static void handle_signals(struct life *life)
 			break;
 		default:
 			if (!life->keeper.server)
-				try_again(life);
+				try_again_as_told(life);
 			else if (info.ssi_signo == SIGHUP)
 				keeper_say(&life->keeper, KEEPER_RELOAD, &word, NULL, 0);
 		}
