@@ -177,6 +177,16 @@ static suspends int flush_now(struct file_layer *file)
 	return job.result;
 }
 
+static void flush_has_failed(struct file_layer *file, int result)
+{
+	file->flush_failed = true;
+	blk_notice(&file->blk,
+		"a flush of \"%s\" failed (%s), and what was lost is not known: no flush succeeds "
+		"until it is opened anew. Restart the daemon, or remove the export and add it "
+		"again",
+		file->path, strerror(-result));
+}
+
 static suspends int file_flush(struct blk *blk)
 {
 	struct file_layer *file = to_file(blk);
@@ -186,12 +196,15 @@ static suspends int file_flush(struct blk *blk)
 
 	/* The one under way may have begun before our writes: the next one will do, whoever runs it. */
 	uint64_t wanted = file->flush_started + 1;
+	int result = 0;
+
 	co_mutex_lock(&file->flushing);
 	if (file->flush_started < wanted && !file->flush_failed) {
 		file->flush_started++;
-		if (flush_now(file))
-			file->flush_failed = true;
+		result = flush_now(file);
 	}
+	if (result)
+		flush_has_failed(file, result);
 	co_mutex_unlock(&file->flushing);
 	return file->flush_failed ? -EIO : 0;
 }

@@ -230,6 +230,14 @@ static suspends void a_full_file_system_fails_the_write_alone(void)
 	stack_close(blk);
 }
 
+static unsigned notices;
+
+static void note_it(const struct blk *blk, const char *text)
+{
+	notices++;
+	ck_assert_msg(strstr(text, "add it again") != NULL, "%s", text);
+}
+
 /* A device whose written data cannot go anywhere: the first to notice is the flush. */
 static suspends void a_failed_flush_is_remembered(void)
 {
@@ -239,6 +247,7 @@ static suspends void a_failed_flush_is_remembered(void)
 	CLEANUP(fd) int other_fd = open(loop.name, O_RDONLY | O_CLOEXEC);
 	char *buf = malloc(4 << 20);
 
+	unit_env.notice = note_it;
 	memset(buf, 7, 4 << 20);
 	ck_assert_int_eq(blk_flush(blk), 0);
 	ck_assert_int_eq(blk_write(blk, 0, buf, 4 << 20, 0), 0);
@@ -248,6 +257,7 @@ static suspends void a_failed_flush_is_remembered(void)
 	ck_assert_int_eq(fdatasync(other_fd), 0);
 	ck_assert_int_eq(blk_flush(blk), -EIO);
 	ck_assert(flush_failed(blk));
+	ck_assert_uint_eq(notices, 1);
 	ck_assert_int_eq(blk_write(blk, 0, buf, 4096, BLK_FUA), -EIO);
 	ck_assert_int_eq(blk_write(blk, 0, buf, 4096, 0), 0);
 	ck_assert_int_eq(blk_read(blk, 0, buf, 4096), 0);

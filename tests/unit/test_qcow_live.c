@@ -309,6 +309,18 @@ CO_TEST(test_failing_storage)
 
 /* --- compaction and the rest ------------------------------------------------------------------ */
 
+static char noticed[300];
+
+static void note_it(const struct blk *blk, const char *text)
+{
+	snprintf(noticed, sizeof(noticed), "%s", text);
+}
+
+static const char *text_in(json_t *status, const char *key)
+{
+	return json_string_value(json_object_get(status, key));
+}
+
 /* The commit timer's flush fails, of which no guest hears: the next flush must not succeed. */
 CO_TEST(test_a_failed_flush_is_told)
 {
@@ -322,8 +334,22 @@ CO_TEST(test_a_failed_flush_is_told)
 	fill(stack.top, 0, MIB, 1);
 	ck_assert_int_eq(blk_flush(stack.top), 0);
 	fill(stack.top, MIB, MIB, 2);
+	stack.env.notice = note_it;
 	fault_set(fault_find(stack.top), &once);
+
+	json_t *before = blk_status(stack.top);
+
+	ck_assert_ptr_null(text_in(before, "frozen"));
+	json_decref(before);
 	ck_assert_int_eq(qcow_commit(qcow_of(stack.top)), -EIO);
+	ck_assert_msg(strstr(noticed, "add it again"), "%s", noticed);
+
+	json_t *after = blk_status(stack.top);
+
+	ck_assert_str_eq(text_in(after, "frozen"),
+		"a flush failed (Input/output error): nothing is allocated, and no flush succeeds, "
+		"until the image is opened anew");
+	json_decref(after);
 	ck_assert_int_eq(blk_flush(stack.top), -EIO);
 	ck_assert_int_eq(blk_flush(stack.top), -EIO);
 	ck_assert_int_eq(blk_write(stack.top, 4 * MIB, &byte, 1, 0), -EIO);

@@ -21,6 +21,7 @@
 
 #include <assert.h>
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -195,11 +196,14 @@ static suspends int flush_or_freeze(struct qcow *q, struct blk *blk)
 
 	if (ret && !q->frozen) {
 		q->frozen = true;
-		blk_notice(&q->blk,
-			"a flush failed (%s), and what it lost is not known: nothing is allocated, "
-			"and no "
-			"flush succeeds, until the image is opened anew",
+		snprintf(q->frozen_text, sizeof(q->frozen_text),
+			"a flush failed (%s): nothing is allocated, and no flush succeeds, until "
+			"the image is opened anew",
 			strerror(-ret));
+		blk_notice(&q->blk,
+			"what was lost is not known: %s. Restart the daemon, or remove the export "
+			"and add it again",
+			q->frozen_text);
 	}
 	return ret;
 }

@@ -439,6 +439,8 @@ static void qcow_status(struct blk *blk, json_t *object)
 	if (q->corrupt || q->header.incompatible & QCOW_INCOMPAT_CORRUPT)
 		json_object_set_new(own, "corrupt",
 			json_string(q->corrupt ? q->corrupt_text : "marked so when it was opened"));
+	if (*q->frozen_text)
+		json_object_set_new(own, "frozen", json_string(q->frozen_text));
 	if (q->compacting)
 		json_object_set_new(own, "compaction",
 			json_pack("{s:I, s:I, s:I}", "done", (json_int_t)q->compacting->done,

@@ -123,6 +123,7 @@ struct qcow {
 	bool corrupt;   /* found so: writes are refused */
 	char corrupt_text[160];
 	bool frozen; /* nobody knows what is on disk: neither tables nor counts change any more */
+	char frozen_text[160];
 	struct co_mutex header_mutex; /* storing the header */
 	struct co_mutex beginning;
 	bool began_writing; /* autoclear bits are cleared, the dirty bit is set if lazy */
