@@ -10,8 +10,8 @@
 #include "blk/qcow/snapshot.h"
 #include "daemon/img/commands.h"
 
-typedef int change_fn(
-	struct blk *file, struct qcow_header *header, const char *name, struct err *err);
+typedef int change_fn(struct blk *file, struct qcow_header *header, const char *name, bool discard,
+	struct err *err);
 
 static suspends int change(struct img *img, change_fn *fn)
 {
@@ -27,7 +27,7 @@ static suspends int change(struct img *img, change_fn *fn)
 			ret = err_set(&img->err, EUCLEAN,
 				"the image was not closed properly: repair it first");
 		else
-			ret = fn(file, &header, img->operands[2], &img->err);
+			ret = fn(file, &header, img->operands[2], true, &img->err);
 		qcow_header_fini(&header);
 	}
 	stack_close(file);

@@ -120,6 +120,34 @@ CO_TEST(test_life)
 	life_of_snapshots("cluster_size=512,refcount_bits=64");
 }
 
+/* What a snapshot leaves is given back to the file system, or kept where that is not wanted. */
+CO_TEST(test_snapshots_discard_as_told)
+{
+	for (int discards = 0; discards < 2; discards++) {
+		struct test_stack stack;
+
+		image_must("qemu-img create -q -f qcow2 image.qcow2 8M");
+		open_image_over(&stack, discards ? "" : "discard = false;");
+		for (int i = 1; i <= 3; i++) {
+			fill(stack.top, 0, MIB, i);
+			must_change(stack.top, QCOW_SNAPSHOT_CREATE,
+				i == 1   ? "one"
+				: i == 2 ? "two"
+					 : "three");
+		}
+		must_change(stack.top, QCOW_SNAPSHOT_APPLY, "two");
+		must_change(stack.top, QCOW_SNAPSHOT_DELETE, "one");
+		must_change(stack.top, QCOW_SNAPSHOT_DELETE, "three");
+
+		const struct blk *file = stack.top->below;
+
+		ck_assert(file->counters.requests[BLK_COUNT_DISCARD] ? discards : !discards);
+		expect(stack.top, 0, MIB, 2);
+		expect_sound(stack.top);
+		test_stack_close(&stack);
+	}
+}
+
 /* Two snapshots and the disk share all: no more than three references, which two bits can count, at any time. */
 CO_TEST(test_narrow_counts)
 {
@@ -496,6 +524,7 @@ int main(void)
 
 	tcase_set_timeout(tcase, TEST_TIMEOUT_S);
 	tcase_add_test(tcase, test_life);
+	tcase_add_test(tcase, test_snapshots_discard_as_told);
 	tcase_add_test(tcase, test_narrow_counts);
 	tcase_add_test(tcase, test_other_size);
 	tcase_add_test(tcase, test_grow_new_image);

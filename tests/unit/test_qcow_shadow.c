@@ -68,17 +68,17 @@ typedef int operation_fn(struct blk *file, struct qcow_header *header, struct er
 
 static suspends int do_create(struct blk *file, struct qcow_header *header, struct err *err)
 {
-	return qcow_snapshot_create(file, header, "second", err);
+	return qcow_snapshot_create(file, header, "second", true, err);
 }
 
 static suspends int do_apply(struct blk *file, struct qcow_header *header, struct err *err)
 {
-	return qcow_snapshot_apply(file, header, "first", err);
+	return qcow_snapshot_apply(file, header, "first", true, err);
 }
 
 static suspends int do_delete(struct blk *file, struct qcow_header *header, struct err *err)
 {
-	return qcow_snapshot_delete(file, header, "first", err);
+	return qcow_snapshot_delete(file, header, "first", true, err);
 }
 
 static suspends int do_repair(struct blk *file, struct qcow_header *header, struct err *err)

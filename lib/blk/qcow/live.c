@@ -150,13 +150,13 @@ static suspends int change_at_rest(
 
 	switch (change) {
 	case QCOW_SNAPSHOT_CREATE:
-		ret = qcow_snapshot_create(file, &q->header, name, err);
+		ret = qcow_snapshot_create(file, &q->header, name, q->opt_discard, err);
 		break;
 	case QCOW_SNAPSHOT_APPLY:
-		ret = qcow_snapshot_apply(file, &q->header, name, err);
+		ret = qcow_snapshot_apply(file, &q->header, name, q->opt_discard, err);
 		break;
 	case QCOW_SNAPSHOT_DELETE:
-		ret = qcow_snapshot_delete(file, &q->header, name, err);
+		ret = qcow_snapshot_delete(file, &q->header, name, q->opt_discard, err);
 		break;
 	}
 	return ret ? restore(q, err) : reload(q, err);

@@ -62,7 +62,7 @@ static suspends int work_init(
 
 /* ret is of the preparations: commits, or gives up. err is filled already when it is not 0. */
 static suspends int work_finish(
-	struct work *work, struct qcow_header *header, int ret, struct err *err)
+	struct work *work, struct qcow_header *header, bool discard, int ret, struct err *err)
 {
 	const struct qcow_header *changed = &work->shadow.header;
 	bool unknown = false;
@@ -72,7 +72,7 @@ static suspends int work_finish(
 			shadow_abort(&work->shadow);
 		return ret;
 	}
-	ret = shadow_commit(&work->shadow, true, &unknown);
+	ret = shadow_commit(&work->shadow, discard, &unknown);
 	if (ret)
 		return err_sys(err, -ret, "%s",
 			unknown ? "cannot store the header; the image is as before or changed, but "
@@ -171,15 +171,15 @@ static suspends int prepare_create(
 	return cannot_write(ret, err);
 }
 
-suspends int qcow_snapshot_create(
-	struct blk *file, struct qcow_header *header, const char *name, struct err *err)
+suspends int qcow_snapshot_create(struct blk *file, struct qcow_header *header, const char *name,
+	bool discard, struct err *err)
 {
 	struct work work;
 	int ret = work_init(&work, file, header, err);
 
 	if (!ret)
 		ret = prepare_create(&work, header, name, err);
-	ret = work_finish(&work, header, ret, err);
+	ret = work_finish(&work, header, discard, ret, err);
 	work_fini(&work);
 	return ret;
 }
@@ -240,15 +240,15 @@ static suspends int prepare_apply(struct work *work, const struct qcow_header *h
 	return cannot_write(ret, err);
 }
 
-suspends int qcow_snapshot_apply(
-	struct blk *file, struct qcow_header *header, const char *id_or_name, struct err *err)
+suspends int qcow_snapshot_apply(struct blk *file, struct qcow_header *header,
+	const char *id_or_name, bool discard, struct err *err)
 {
 	struct work work;
 	int ret = work_init(&work, file, header, err);
 
 	if (!ret)
 		ret = prepare_apply(&work, header, id_or_name, err);
-	ret = work_finish(&work, header, ret, err);
+	ret = work_finish(&work, header, discard, ret, err);
 	work_fini(&work);
 	return ret;
 }
@@ -286,15 +286,15 @@ static suspends int prepare_delete(struct work *work, const struct qcow_header *
 	return cannot_write(ret, err);
 }
 
-suspends int qcow_snapshot_delete(
-	struct blk *file, struct qcow_header *header, const char *id_or_name, struct err *err)
+suspends int qcow_snapshot_delete(struct blk *file, struct qcow_header *header,
+	const char *id_or_name, bool discard, struct err *err)
 {
 	struct work work;
 	int ret = work_init(&work, file, header, err);
 
 	if (!ret)
 		ret = prepare_delete(&work, header, id_or_name, err);
-	ret = work_finish(&work, header, ret, err);
+	ret = work_finish(&work, header, discard, ret, err);
 	work_fini(&work);
 	return ret;
 }
