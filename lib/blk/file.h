@@ -34,7 +34,7 @@ struct file_layer {
 	int sync_fd; /* another open file of the same inode, for flushes alone; -1: none needed */
 	struct io_file io, sync_io;
 	bool is_device;
-	bool created;        /* by our open() */
+	bool created;        /* by our open(), and open ever since */
 	dev_t inode_dev;     /* what fd refers to: */
 	ino_t inode_ino;     /*   to tell it from a namesake */
 	bool can_punch;      /* fallocate() modes, until the file system says no */

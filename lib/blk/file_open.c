@@ -3,7 +3,8 @@
  *
  * Everything here blocks and runs on the offload pool. A file is looked at before it is opened, since
  * opening a fifo waits and opening some devices acts. It is created only when it is not there, exclusively
- * and sparse, and is durable with its name before it is used; whatever fails after that removes it again.
+ * and sparse, and is durable with its name before it is used; whatever fails after that removes it again, unless
+ * somebody else has got hold of it.
  *
  * Errors name the path, what is wrong with it, and what the user may do about it.
  */
@@ -343,10 +344,20 @@ static int open_and_measure(struct file_layer *file, bool will_retry, struct err
 	return result;
 }
 
+/* Somebody else may have found it before we locked it, and have data in it. */
+static bool is_ours_alone(const struct file_layer *file)
+{
+	struct err unwanted;
+
+	return !file->lock || !file_lock(file->fd, file->path, false, false, &unwanted);
+}
+
 static void remove_created(const struct file_layer *file)
 {
 	struct stat st;
 
+	if (!is_ours_alone(file))
+		return;
 	if (stat(file->path, &st) || st.st_dev != file->inode_dev || st.st_ino != file->inode_ino)
 		return;
 	if (!unlink(file->path))
@@ -370,6 +381,7 @@ static int open_when_free(struct file_layer *file, struct err *err)
 
 	for (unsigned waited_ms = 0; result == -EBUSY && waited_ms < patience_ms;) {
 		close_files(file);
+		file->created = false; /* who has it now may keep it */
 		usleep(SUCCESSOR_LOOK_MS * 1000);
 		waited_ms += SUCCESSOR_LOOK_MS;
 		*err = (struct err){ 0 };

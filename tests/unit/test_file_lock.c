@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -71,6 +72,44 @@ static suspends void lock_off_is_on_your_own(void)
 	/* The lock is a's still. */
 	stack_refused("is in use by another export", "file path=%s", image);
 	stack_close(a);
+}
+
+/* Somebody else, at a moment that is hard to meet: when a file is there, and not locked yet. */
+static struct {
+	bool armed;
+	int fd, result;
+} intruder = { .fd = -1 };
+
+/* In the place of the C library's. */
+int fsync(int fd)
+{
+	struct flock lock = { .l_type = F_RDLCK, .l_start = 100, .l_len = 200 };
+
+	if (!intruder.armed)
+		return (int)syscall(SYS_fsync, fd);
+	intruder.armed = false;
+	CLEANUP(fd) int found = open(image, O_RDWR | O_CLOEXEC);
+	require(found >= 0 && !fcntl(found, F_OFD_SETLK, &lock));
+	require(dup3(found, intruder.fd, O_CLOEXEC) == intruder.fd);
+	errno = EIO;
+	return intruder.result;
+}
+
+static suspends void what_others_found_is_not_removed(void)
+{
+	for (int result = -1; result <= 0; result++) {
+		intruder.armed = true;
+		intruder.fd = open("/dev/null", O_RDONLY | O_CLOEXEC); /* no leak of the layer's */
+		intruder.result = result;
+		stack_refused(result ? "cannot be created with 1048576 bytes" : "is in use by",
+			"file path=%s create=true size=1M", image);
+		ck_assert_int_eq(access(image, F_OK), 0);
+
+		/* Nor later, when it could be had, but was in other hands meanwhile. */
+		close(intruder.fd);
+		stack_close(stack("file path=%s create=true size=1M", image));
+		ck_assert_int_eq(unlink(image), 0);
+	}
 }
 
 /* --- QEMU ------------------------------------------------------------------------------------- */
@@ -211,6 +250,7 @@ static const struct unit_case cases[] = {
 	CASE(links_do_not_help),
 	CASE(readers_share),
 	CASE(lock_off_is_on_your_own),
+	CASE(what_others_found_is_not_removed),
 	CASE(qemu_refuses_what_we_write),
 	CASE(qemu_refuses_the_qcow2_that_we_write),
 	CASE(qemu_reads_what_we_read),
