@@ -532,9 +532,15 @@ suspends CO_TEST(test_settling_that_fails_is_told)
 		if (!keep)
 			mirror_settle(mirror);
 		ck_assert_uint_eq(fault_failed(fault), 1);
+		ck_assert_uint_eq(mirror->primary_failure.count, (uint64_t)keep + 1);
+		ck_assert_ptr_nonnull(strstr(mirror->primary_failure.text,
+			"flush: Input/output error; where it had not been flushed"));
 		ck_assert_int_eq(blk_flush(&mirror->blk), -EIO);
 		ck_assert_int_eq(blk_flush(&mirror->blk), 0);
 	}
+	fault_set(fault, &once);
+	ck_assert_int_eq(blk_flush(&mirror->blk), -EIO);
+	ck_assert_uint_eq(mirror->primary_failure.count, 3);
 	ck_assert_int_eq(mirror->phase, MIRROR_IN_SYNC);
 	test_stack_close(&stack);
 	leave_scratch();

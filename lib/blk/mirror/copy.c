@@ -66,6 +66,14 @@ void mirror_primary_failed(struct mirror *mirror, uint64_t off, uint64_t len, in
 		(unsigned long long)len, (unsigned long long)off, strerror(-ret));
 }
 
+void mirror_primary_flush_failed(struct mirror *mirror, int ret)
+{
+	mirror_failed(&mirror->primary_failure,
+		"flush: %s; where it had not been flushed before, the disks may differ, which a "
+		"comparison (mirror verify) finds and mends",
+		strerror(-ret));
+}
+
 static int secondary_failed(
 	struct mirror *mirror, const char *what, uint64_t off, uint64_t len, int ret)
 {

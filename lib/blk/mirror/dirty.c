@@ -277,7 +277,10 @@ static suspends void settle(struct mirror *mirror)
 
 	if (ret)
 		mirror_degrade(mirror, "flush", 0, 0, ret);
-	mirror->flush_untold |= primary_ret != 0;
+	if (primary_ret) {
+		mirror_primary_flush_failed(mirror, primary_ret);
+		mirror->flush_untold = true;
+	}
 	if (ret || primary_ret || degradations != mirror->degradations) {
 		/* Tried again with what comes then, or dirty by now. */
 		for (size_t i = 0; i < MIRROR_REGION_WORDS; i++)

@@ -285,6 +285,7 @@ static suspends int flush_legs(
 	/* Else its errors are a reason to promote, not to refuse. */
 	if (!promotion->keep || !ret)
 		return 0;
+	mirror_primary_flush_failed(mirror, ret);
 	mirror->flush_untold = true;
 	return err_sys(err, -ret, "the primary, which is to be kept, cannot be flushed");
 }

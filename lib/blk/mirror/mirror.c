@@ -284,6 +284,8 @@ static suspends int mirror_flush(struct blk *blk)
 		left = mirror->primary_left;
 		ret = flush_once(mirror);
 	} while (unlikely(ret) && mirror_ask_again(mirror, left));
+	if (unlikely(ret) && mirror->phase != MIRROR_DETACHED)
+		mirror_primary_flush_failed(mirror, ret);
 	/* A disk may say only once that it lost what it had not flushed: then the settler has heard it. */
 	if (unlikely(mirror->flush_untold) && !ret)
 		ret = -EIO;

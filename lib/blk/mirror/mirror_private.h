@@ -299,6 +299,8 @@ suspends void mirror_copier_run(void *arg);
 void mirror_set_phase(struct mirror *mirror, enum mirror_phase phase);
 /* A read of the primary failed: for status. */
 void mirror_primary_failed(struct mirror *mirror, uint64_t off, uint64_t len, int ret);
+/* A flush of it did: what it lost, the secondary may have. */
+void mirror_primary_flush_failed(struct mirror *mirror, int ret);
 
 /* log.c; all do nothing without a log. */
 suspends int mirror_log_open(struct mirror *mirror, struct err *err);
