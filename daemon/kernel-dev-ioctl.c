@@ -125,13 +125,15 @@ static void *device_thread(void *arg)
 	int reason = 0;
 	int ret = kernel_dev_try(dev, run_device, &reason, &err);
 
+	if (!ret) {
+		kernel_dev_end(dev, reason);
+		return NULL;
+	}
 	pthread_mutex_lock(&dev->mutex);
 	dev->state = ENDED;
 	dev->claim_err = err;
 	pthread_cond_broadcast(&dev->changed);
 	pthread_mutex_unlock(&dev->mutex);
-	if (!ret)
-		dev->on_end(dev->arg, reason);
 	return NULL;
 }
 

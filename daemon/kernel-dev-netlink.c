@@ -117,8 +117,7 @@ static void *watch_thread(void *arg)
 
 		poll(&wake, 1, LOOK_MS);
 	}
-	kernel_dev_set_state(dev, ENDED);
-	dev->on_end(dev->arg, 0);
+	kernel_dev_end(dev, 0);
 	return NULL;
 }
 

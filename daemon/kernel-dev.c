@@ -301,6 +301,30 @@ void kernel_dev_set_state(struct kernel_dev *dev, enum kernel_dev_state state)
 	pthread_mutex_unlock(&dev->mutex);
 }
 
+void kernel_dev_end(struct kernel_dev *dev, int reason)
+{
+	pthread_mutex_lock(&dev->mutex);
+	kernel_dev_end_fn *on_end = dev->on_end;
+
+	dev->state = ENDED;
+	dev->end_reason = reason;
+	pthread_cond_broadcast(&dev->changed);
+	pthread_mutex_unlock(&dev->mutex);
+	on_end(dev->arg, reason);
+}
+
+void kernel_dev_tell_end(struct kernel_dev *dev, kernel_dev_end_fn *on_end)
+{
+	pthread_mutex_lock(&dev->mutex);
+	bool ended = dev->state == ENDED;
+	int reason = dev->end_reason;
+
+	dev->on_end = on_end;
+	pthread_mutex_unlock(&dev->mutex);
+	if (ended)
+		on_end(dev->arg, reason);
+}
+
 int kernel_dev_start_thread(struct kernel_dev *dev, void *(*run)(void *dev), struct err *err)
 {
 	sigset_t all, before;
@@ -373,44 +397,6 @@ struct kernel_dev *kernel_dev_new(
 	dev->opts.device = dev->device;
 	dev->opts.identifier = dev->identifier;
 	return dev;
-}
-
-static int claim(struct kernel_dev *dev, struct err *err)
-{
-	if (dev->opts.mode != KERNEL_DEV_IOCTL && dev->identifier[0]) {
-		dev->how = &kernel_dev_by_netlink;
-
-		int ret = dev->how->claim(dev, err);
-
-		if (ret != -EOPNOTSUPP || dev->opts.mode == KERNEL_DEV_NETLINK)
-			return ret;
-	}
-	dev->how = &kernel_dev_by_ioctl;
-	return dev->how->claim(dev, err);
-}
-
-int kernel_dev_claim(const struct kernel_dev_opts *opts, void (*on_end)(void *arg, int reason),
-	void *arg, struct kernel_dev **dev, struct kernel_ends *ends, struct err *err)
-{
-	struct kernel_dev *new;
-	int ret = kernel_dev_check(opts, err);
-
-	if (!ret)
-		ret = kernel_sysfs_probe(err);
-	if (ret)
-		return ret;
-	new = kernel_dev_new(opts, on_end, arg);
-	if (!new)
-		return err_set(err, ENOMEM, "out of memory");
-	ret = claim(new, err);
-	if (!ret)
-		ret = kernel_dev_hand_out(new, ends, err);
-	if (ret) {
-		kernel_dev_free(new);
-		return ret;
-	}
-	*dev = new;
-	return 0;
 }
 
 /* --- settling and resizing -------------------------------------------------------------------- */

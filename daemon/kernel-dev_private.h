@@ -1,12 +1,14 @@
 /*
- * A kernel device between its common part (kernel-dev.c) and the two ways to tell the driver: kernel-dev-ioctl.c
- * and kernel-dev-netlink.c.
+ * A kernel device between its common part (kernel-dev.c, kernel-dev-claim.c) and the two ways to tell the driver:
+ * kernel-dev-ioctl.c and kernel-dev-netlink.c.
  */
 #pragma once
 
 #include <pthread.h>
 
 #include "daemon/kernel-dev.h"
+
+typedef void kernel_dev_end_fn(void *arg, int reason);
 
 enum kernel_dev_state { CLAIMING, STARTING, RUNNING, ENDED };
 
@@ -42,12 +44,13 @@ struct kernel_dev {
 
 	pthread_t thread;
 	bool has_thread;
-	void (*on_end)(void *arg, int reason);
+	kernel_dev_end_fn *on_end;
 	void *arg;
 
-	pthread_mutex_t mutex; /* of kernel_sock, quit, and what follows */
+	pthread_mutex_t mutex; /* of kernel_sock, quit, on_end, and what follows */
 	pthread_cond_t changed;
 	enum kernel_dev_state state;
+	int end_reason;
 	struct err claim_err; /* of a claim that failed */
 };
 
@@ -88,6 +91,11 @@ int kernel_dev_try(struct kernel_dev *dev,
 
 /* A thread that no signal interrupts. */
 int kernel_dev_start_thread(struct kernel_dev *dev, void *(*run)(void *dev), struct err *err);
+
+/* A device that was claimed is over: on_end is told. */
+void kernel_dev_end(struct kernel_dev *dev, int reason);
+/* From now on on_end is the one to tell; at once if it is over already. */
+void kernel_dev_tell_end(struct kernel_dev *dev, kernel_dev_end_fn *on_end);
 
 void kernel_dev_set_state(struct kernel_dev *dev, enum kernel_dev_state state);
 void kernel_dev_sleep_ms(unsigned ms);

@@ -168,6 +168,9 @@ log_check() {
 	errors=$(dmesg | tail -n +$((log_at + 1)) | grep -vE "${1:-^$}" |
 		grep -vE 'Possible stuck request .* Runtime [12]?[0-9] seconds' |
 		grep -E 'I/O error|EXT4-fs error|EXT4-fs warning|XFS.*(error|orrupt)|timed out|stuck|Oops|BUG|WARNING') || return 0
+	# What the server and the driver are busy with.
+	ctl status 2>/dev/null | sed 's/^/    status: /' || true
+	cat /proc/[0-9]*/comm 2>/dev/null | grep '+nbd' | sed 's/^/    busy: /' || true
 	fail "the kernel's log has errors: $errors"
 }
 

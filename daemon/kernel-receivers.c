@@ -1,0 +1,93 @@
+/*
+ * A receiver for each connection, in the driver; see kernel-receivers.h.
+ *
+ * nbd_start_device() queues one piece of work per connection, recv_work(), which does not end before the connection
+ * does. Their work queue is made with WQ_MEM_RECLAIM, so it has a rescuer: when a new worker thread takes longer to
+ * start than 10 ms (a machine under load, short of memory, emulated), rescuer_thread() takes all works that wait, and
+ * does one after the other. So the second one it took waits for the end of the first one's connection, and whatever
+ * is answered on its own connection is not read: requests hang until their time-out ("Connection timed out, retrying
+ * (3/3 alive)"), which may be an hour. Seen on Linux 6.1.
+ *
+ * How we know: behind the name of a kernel thread stands what work it is busy with: "kworker/u5:1+nbd0-recv". Where
+ * /proc does not show kernel threads, or they do not say, nothing can be told.
+ */
+#include "daemon/kernel-receivers.h"
+
+#include <ctype.h>
+#include <dirent.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "base/cleanup.h"
+#include "daemon/kernel-sysfs.h"
+
+#define STEP_MS 10
+
+/* The first thread of the kernel that starts others; it has this number wherever it can be seen. */
+#define KTHREADD_PID "2"
+
+static bool name_of(const char *pid, char *name, size_t size)
+{
+	char path[64];
+
+	snprintf(path, sizeof(path), "/proc/%.20s/comm", pid);
+
+	CLEANUP(fd) int fd = open(path, O_RDONLY | O_CLOEXEC);
+	ssize_t length = fd < 0 ? -1 : read(fd, name, size - 1);
+
+	if (length <= 0)
+		return false;
+	name[length] = '\0';
+	name[strcspn(name, "\n")] = '\0';
+	return true;
+}
+
+static bool kernel_threads_are_seen(void)
+{
+	char name[80];
+
+	return name_of(KTHREADD_PID, name, sizeof(name)) && !strcmp(name, "kthreadd");
+}
+
+static unsigned count_busy_with(const char *work)
+{
+	DIR *processes = opendir("/proc");
+	struct dirent *process;
+	unsigned count = 0;
+
+	while (processes && (process = readdir(processes))) {
+		char name[80];
+		const char *busy_with;
+
+		if (!isdigit((unsigned char)process->d_name[0]) ||
+			!name_of(process->d_name, name, sizeof(name)))
+			continue;
+		busy_with = strrchr(name, '+');
+		/* Of older drivers with a "k" in front. */
+		count += busy_with && !strcmp(busy_with + (busy_with[1] == 'k' ? 2 : 1), work);
+	}
+	if (processes)
+		closedir(processes);
+	return count;
+}
+
+bool kernel_receivers_run(const char *device, unsigned connections, unsigned wait_ms)
+{
+	const struct timespec step = { .tv_nsec = STEP_MS * 1000000L };
+	char work[KERNEL_NAME_LEN + 8];
+	unsigned count = 0;
+
+	if (!kernel_threads_are_seen())
+		return true;
+	snprintf(work, sizeof(work), "%s-recv", device);
+	for (unsigned waited_ms = 0; waited_ms <= wait_ms; waited_ms += STEP_MS) {
+		count = count_busy_with(work);
+		if (count >= connections)
+			return true;
+		nanosleep(&step, NULL);
+	}
+	return !count; /* an older driver's have other names, for at least one would have begun */
+}
