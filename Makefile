@@ -123,7 +123,7 @@ $O/tests/unit/test_varlink $O/tests/fuzz/varlink: $O/daemon/varlink.o
 $O/tests/helpers/keeper-hostile: $O/daemon/keeper-wire.o $O/daemon/privileges.o
 $O/tests/helpers/kernel-device: $(patsubst %,$O/daemon/kernel-%.o,dev dev-claim dev-ioctl dev-netlink lock memory netlink \
 	receivers sysfs udev users)
-$O/tests/helpers/kernel-device: LDLIBS += $(DAEMON_LIBS)
+$O/tests/helpers/kernel-device $O/tests/helpers/service-jobs: LDLIBS += $(DAEMON_LIBS)
 
 $(BENCHES): $O/%: $O/%.o $(BENCH_OBJ)
 	$(call say,LD,$@)

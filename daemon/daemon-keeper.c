@@ -284,14 +284,20 @@ suspends void daemon_drop_strangers(struct daemon *daemon)
 	}
 }
 
+bool daemon_leaves(const struct daemon *daemon, const struct kernel_door *door)
+{
+	return daemon->parking && (!daemon->keeper_ends || kernel_outlives(door));
+}
+
 suspends void daemon_drop_kept(struct daemon *daemon)
 {
-	while (daemon->parking && !list_empty(&daemon->kept_doors))
-		kernel_leave(kernel_kept_door(daemon->kept_doors.next));
 	while (!list_empty(&daemon->kept_doors)) {
 		struct list *link = daemon->kept_doors.next;
+		struct kernel_door *door = kernel_kept_door(link);
 
-		if (kernel_outlives(kernel_kept_door(link)))
+		if (daemon_leaves(daemon, door))
+			kernel_leave(door);
+		else if (kernel_outlives(door))
 			let_go(link);
 		else
 			drop(link, "its export could not be opened until the daemon stopped");

@@ -26,6 +26,7 @@
 #include "daemon/keeper-link.h"
 
 struct config_source;
+struct kernel_door;
 struct nbd_door;
 struct control;
 struct export;
@@ -111,6 +112,8 @@ void daemon_start_later(
 	struct daemon *daemon, const struct config_export *config, const struct err *err);
 /* Gives up the devices of exports that the config does not have. */
 suspends void daemon_drop_strangers(struct daemon *daemon);
+/* Whether a device is for the next server, or the next start. */
+bool daemon_leaves(const struct daemon *daemon, const struct kernel_door *door);
 /* The end of those that nobody took over. */
 suspends void daemon_drop_kept(struct daemon *daemon);
 /* The listening sockets that there are now are kept for a successor; harmless without a keeper. */

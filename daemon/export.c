@@ -441,14 +441,6 @@ static suspends int take_over(struct export *export, struct err *err)
 	return 0;
 }
 
-/* The device is for the next server. */
-static bool is_left(const struct export *export)
-{
-	const struct daemon *daemon = export->daemon;
-
-	return daemon->parking && (!daemon->keeper_ends || kernel_outlives(export->kernel));
-}
-
 /* A start that fails leaves a device that it took up as it found it: its users wait for one that does not. */
 static bool is_put_back(const struct export *export)
 {
@@ -460,8 +452,8 @@ static suspends void detach_for_good(struct export *export)
 {
 	struct err err;
 
-	if (!export->kernel || is_left(export) || is_put_back(export) ||
-		!detach(export, false, &err))
+	if (!export->kernel || daemon_leaves(export->daemon, export->kernel) ||
+		is_put_back(export) || !detach(export, false, &err))
 		return;
 	log_error("export \"%s\": %s; detaching it all the same, since the daemon stops",
 		export->config->name, err.text);
@@ -609,7 +601,7 @@ suspends void export_stop(struct export *export, uint64_t grace_ns)
 	detach_for_good(export);
 	nbd_withdraw(&export->nbd, grace_ns);
 	/* Nobody serves it now: what did not let itself be detached is let go. */
-	if (export->kernel && is_left(export))
+	if (export->kernel && daemon_leaves(export->daemon, export->kernel))
 		kernel_leave(take_ptr(export->kernel));
 	else if (export->kernel && is_put_back(export))
 		kernel_let_go(take_ptr(export->kernel));

@@ -17,6 +17,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -469,7 +470,7 @@ static void change(struct keeper *keeper, const struct keeper_message *request)
 	if (!held || !held->dev)
 		return refuse(keeper, request, ENOENT, "the keeper has no such device");
 	if (held->job.running)
-		return refuse(keeper, request, EBUSY, "the device is being changed already");
+		return refuse(keeper, request, EALREADY, "the device is being changed already");
 	if (request->word == KEEPER_FREE)
 		store_forget_device(held);
 	job_start(held, request, keeper->server_id, runs[request->word]);
@@ -520,21 +521,58 @@ int devices_adopt(struct keeper *keeper, const struct keeper_message *facts, con
 
 /* --- the end ---------------------------------------------------------------------------------- */
 
-void devices_free(struct keeper *keeper)
+/* Of ours, for the main thread to look at: not while a thread makes or frees it. */
+static bool is_whole(const struct held *held)
+{
+	return held && held->dev &&
+	       !(held->job.running && (held->job.run == run_claim || held->job.run == run_free));
+}
+
+/* At a restart it waits in the service manager's store, or, if not there, in the driver. */
+static bool outlives_us(const struct held *held)
+{
+	return kernel_dev_mode(held->dev) == KERNEL_DEV_NETLINK;
+}
+
+unsigned devices_left(const struct devices *devices, bool restart)
+{
+	unsigned count = 0;
+
+	for (size_t i = 0; i < KEEPER_DEVICES_MAX; i++) {
+		const struct held *held = devices->slots[i];
+
+		if (is_whole(held) && !held->ended)
+			count += !restart || !outlives_us(held);
+	}
+	return count;
+}
+
+/* Its job waits for requests that nobody answers any more, and this process would for the job. */
+static void shut_connections(const struct held *held)
+{
+	for (unsigned i = 0; i < held->ends.count; i++)
+		shutdown(held->ends.server[i], SHUT_RDWR);
+}
+
+void devices_free(struct keeper *keeper, bool restart)
 {
 	struct devices *devices = &keeper->devices;
 
 	for (size_t i = 0; i < KEEPER_DEVICES_MAX; i++) {
 		struct held *held = devices->slots[i];
 
-		/* What hangs in a job waits for requests that nobody answers any more. */
-		if (!held || !held->dev || held->job.running)
+		if (!is_whole(held) || (restart && outlives_us(held)))
 			continue;
 		if (!held->ended)
 			log_error("keeper: %s of export \"%s\" is left without its server: %s",
 				kernel_dev_name(held->dev), held->facts.export,
-				kernel_dev_stays(held->dev) ? "its users wait for the next start"
-							    : "what was not written is lost");
+				kernel_dev_stays(held->dev)
+					? "its users wait for the next start"
+					: "what the kernel had not written back is lost");
+		if (held->job.running) {
+			shut_connections(held);
+			continue;
+		}
 		store_forget_device(held);
 		held->job = (struct job){ 0 }; /* not as the last request had it */
 		run_free(held, NULL);

@@ -15,7 +15,8 @@
  *
  * SIGTERM is a stop, or the first half of a restart (keeper-manager.c). Then the server parks, devices by netlink
  * wait in the service manager's store with the sockets, and the keeper ends without touching them: the next one
- * begins as if it had lost a server.
+ * begins as if it had lost a server. A server that dies before it has given back what ends with the keeper is replaced
+ * even now, as often as early deaths allow: the kernel may have data for it.
  *
  * Failure modes: the keeper allocates when a device is claimed and when a server is started, and survives not
  * getting it. Its own death ends the server, and devices that were attached by ioctl.
@@ -57,6 +58,7 @@
 #define LAST_WORDS_MAX    1024 /* more than the socket holds: what comes then is of another process */
 #define NEVER             UINT64_MAX
 #define HOLD_US           "31536000000000" /* a year */
+#define FINISH_US         "600000000"      /* for another server to take over and to write back */
 
 enum phase { STARTING, SERVING, STOPPING, PARKED };
 
@@ -201,80 +203,117 @@ static void stop_trying(struct life *life)
 	life->start_at_ns = NEVER;
 }
 
+static uint64_t pause_after(unsigned early_deaths)
+{
+	return early_deaths > 1 ? MIN(PAUSE_MIN_NS << (early_deaths - 2), PAUSE_MAX_NS) : 0;
+}
+
 static void replace_dead(struct life *life)
 {
 	uint64_t now = now_ns();
-	uint64_t pause_ns = 0;
 	char text[KEEPER_TEXT_LEN + 64];
 
 	life->restarts++;
 	life->early_deaths = now - life->started_ns < EARLY_NS ? life->early_deaths + 1 : 0;
-	if (life->early_deaths > 1)
-		pause_ns = MIN(PAUSE_MIN_NS << (life->early_deaths - 2), PAUSE_MAX_NS);
+	uint64_t pause_ns = pause_after(life->early_deaths);
 	log_error("keeper: the server died: %s; %u kernel device%s held; starting it again%s",
 		life->last_end, life->keeper.devices.count,
 		life->keeper.devices.count == 1 ? " is" : "s are", pause_ns ? " soon" : "");
 	if (life->early_deaths >= EARLY_DEATHS_MAX)
 		return stop_trying(life);
 	life->start_at_ns = now + pause_ns;
-	snprintf(
-		text, sizeof(text), "Starting another server: the last one was %s", life->last_end);
+	snprintf(text, sizeof(text), "Starting another server, the last one died: %s",
+		life->last_end);
 	set_status_line(text);
+}
+
+static void drop_upgrade(struct life *life)
+{
+	if (life->upgrade >= 0)
+		close(take_fd(&life->upgrade));
+	life->trying = false;
+	life->upgrade_until_ns = NEVER;
 }
 
 /* The new program does not work: the old one comes back. */
 static void forget_upgrade(struct life *life, const char *why)
 {
-	log_error("keeper: the new program is not used: it %s; going back to the old one", why);
+	log_error("keeper: the new program is not used, it was never ready: %s; going back to the "
+		  "old one",
+		why);
 	snprintf(life->last_end, sizeof(life->last_end),
-		"upgrade failed: the new program %s; this is the old one", why);
-	close(life->upgrade);
-	life->upgrade = -1;
-	life->trying = false;
-	life->upgrade_until_ns = NEVER;
+		"upgrade failed: the new program was never ready: %s; this is the old one", why);
+	drop_upgrade(life);
 	life->restarts++;
 	life->start_at_ns = now_ns();
 }
 
-/* Unless the service manager has changed its mind: then another server writes back and gives back. */
-static void leave(struct life *life, int status)
+/* To write back and to give back, and with the program that is known to work. */
+static void start_to_finish(struct life *life)
 {
-	if (manager_restarts(store_count(&life->keeper)))
-		return finish(life, WIFEXITED(status) ? WEXITSTATUS(status) : EXIT_FAILURE);
-	log_info("keeper: this is no restart any more, but a stop");
-	life->leaving = false;
+	drop_upgrade(life);
+	life->early_deaths++;
 	life->restarts++;
-	life->start_at_ns = now_ns();
+	life->start_at_ns = now_ns() + pause_after(life->early_deaths);
+	log_info("keeper: starting another server, to give back what the kernel may have data for");
+	set_status_line("Starting another server, to give the kernel devices back");
+	sd_notify(0, "EXTEND_TIMEOUT_USEC=" FINISH_US);
+}
+
+static void give_up(struct life *life, unsigned left)
+{
+	char text[KEEPER_TEXT_LEN];
+
+	snprintf(text, sizeof(text),
+		"NOT FINISHED: no server lived to give back %u kernel device%s, the last one: %s",
+		left, left == 1 ? "" : "s", life->last_end);
+	log_error("keeper: %s", text);
+	set_status_line(text);
+	finish(life, EXIT_FAILURE);
+}
+
+/* The server has gone, and the service is to end. A restart may have become a stop: then everything is given back. */
+static void end_or_replace(struct life *life, int status)
+{
+	if (life->phase != PARKED)
+		log_error("keeper: the server died before it had %s: %s",
+			life->leaving ? "handed over" : "stopped", life->last_end);
+	if (life->leaving && !manager_restarts(store_count(&life->keeper))) {
+		log_info("keeper: this is no restart any more, but a stop");
+		life->leaving = false;
+	}
+	bool handed_over = life->phase == PARKED || life->trying; /* and to nobody, at a stop */
+	unsigned left = devices_left(&life->keeper.devices, life->leaving);
+
+	if (!left && (life->leaving || !handed_over))
+		finish(life,
+			life->leaving && WIFEXITED(status) ? WEXITSTATUS(status) : EXIT_FAILURE);
+	else if (life->early_deaths >= EARLY_DEATHS_MAX || life->keeper.sock >= 0)
+		give_up(life, left); /* or none can be started */
+	else
+		start_to_finish(life);
 }
 
 static void server_ended(struct life *life, int status)
 {
-	bool failed_to_start = life->phase == STARTING && !life->told_ready && WIFEXITED(status);
+	bool failed_to_start = life->phase == STARTING && !life->told_ready && !life->restarts;
 	char text[64];
 
+	if (WIFEXITED(status) && (life->phase == STOPPING || failed_to_start))
+		return finish(life, WEXITSTATUS(status));
+	life->stop_wanted = life->stop_wanted || life->phase == STOPPING;
 	describe_end(status, text, sizeof(text));
-	if (life->phase == STOPPING || (failed_to_start && !life->restarts)) {
-		if (WIFSIGNALED(status))
-			log_error("keeper: the server was %s while it stopped", text);
-		return finish(life, WIFEXITED(status) ? WEXITSTATUS(status) : EXIT_FAILURE);
-	}
-	if (life->leaving)
-		return leave(life, status);
-	if (life->phase == PARKED) {
-		log_info("keeper: the server has handed over; starting the next one");
-		snprintf(life->last_end, sizeof(life->last_end), "handed over");
-		life->restarts++;
-		life->start_at_ns = now_ns();
-		return;
-	}
-	if (life->trying)
+	if (life->trying && !life->stop_wanted)
 		return forget_upgrade(life, text);
-	snprintf(life->last_end, sizeof(life->last_end), "%s", text);
-	if (life->stop_wanted) {
-		log_error("keeper: the server died before it could be stopped: %s", text);
-		return finish(life, EXIT_FAILURE);
-	}
-	replace_dead(life);
+	snprintf(life->last_end, sizeof(life->last_end), "%s",
+		life->phase == PARKED ? "handed over" : text);
+	if (life->stop_wanted)
+		return end_or_replace(life, status);
+	if (life->phase != PARKED)
+		return replace_dead(life);
+	log_info("keeper: the server has handed over; starting the next one");
+	life->restarts++;
+	life->start_at_ns = now_ns();
 }
 
 /* --- what the server says --------------------------------------------------------------------- */
@@ -375,6 +414,17 @@ static void prepare_upgrade(struct life *life, const struct keeper_message *requ
 	keeper_say(&life->keeper, KEEPER_ANSWER, &answer, NULL, 0);
 }
 
+/* One that is started only to give back must not take again what its predecessor had given back. */
+static void claim(struct life *life, const struct keeper_message *request, struct keeper_fds *fds)
+{
+	struct keeper_message answer = { .id = request->id, .ret = -ESHUTDOWN };
+
+	if (!life->stop_wanted || !life->restarts)
+		return devices_request(&life->keeper, request, fds);
+	snprintf(answer.text, sizeof(answer.text), "no device is attached: the service ends");
+	keeper_say(&life->keeper, KEEPER_ANSWER, &answer, NULL, 0);
+}
+
 static void keep(struct life *life, const struct keeper_message *request, struct keeper_fds *fds)
 {
 	struct keeper_message answer = { .id = request->id, .ret = -EINVAL };
@@ -420,8 +470,9 @@ static void handle(struct life *life, const struct keeper_message *said, struct 
 	switch (said->word) {
 	case KEEPER_HELLO:
 		return hello(life, said);
-	case KEEPER_NEXT:
 	case KEEPER_CLAIM:
+		return claim(life, said, fds);
+	case KEEPER_NEXT:
 	case KEEPER_JOURNAL:
 	case KEEPER_RECONNECT:
 	case KEEPER_SETTLE:
@@ -537,12 +588,15 @@ static void stop(struct life *life)
 {
 	life->stop_wanted = true;
 	life->leaving = manager_restarts(store_count(&life->keeper));
+	log_info("keeper: the service %s", life->leaving ? "is restarted" : "stops");
+	if (life->keeper.server && now_ns() - life->started_ns >= EARLY_NS)
+		life->early_deaths = 0;
 	if (life->keeper.server)
 		stop_server(life);
 	else if (life->keeper.sock >= 0 || (life->leaving && store_has_all(&life->keeper)))
 		finish(life, EXIT_FAILURE); /* without another server, or for the next start */
-	else if (life->start_at_ns == NEVER || life->start_at_ns > now_ns())
-		try_again(life); /* it writes back and gives back */
+	else
+		life->start_at_ns = now_ns(); /* it writes back and gives back */
 }
 
 static void handle_signals(struct life *life)
@@ -735,10 +789,9 @@ int keeper_run(char *const *argv)
 	}
 	while (!life->done)
 		turn(life);
-	if (!life->leaving) {
-		devices_free(&life->keeper);
+	devices_free(&life->keeper, life->leaving);
+	if (!life->leaving)
 		store_forget_listeners(); /* their files are gone, and the store may outlive this */
-	}
 	return life
 		->status; /* which is not freed: threads that hang, or wait for work, look at it */
 }

@@ -68,8 +68,10 @@ void devices_events(struct keeper *keeper);
  */
 int devices_adopt(struct keeper *keeper, const struct keeper_message *facts, const char *name,
 	struct kernel_ends *ends, int journal, int stored, struct err *err);
-/* The end: disconnects what is left, without a flush, since nobody serves it. */
-void devices_free(struct keeper *keeper);
+/* How many nobody has given back; at a restart only those that end with this process. */
+unsigned devices_left(const struct devices *devices, bool restart);
+/* The end: names and disconnects what is left, without a flush, since nobody serves it. */
+void devices_free(struct keeper *keeper, bool restart);
 
 /* --- listening sockets: keeper-listeners.c ----------------------------------------------------- */
 

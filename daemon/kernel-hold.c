@@ -282,13 +282,19 @@ void kernel_hold_rename(
 static suspends int request(struct kernel_hold *hold, enum keeper_word word, uint64_t size_bytes,
 	bool force, struct err *err)
 {
-	struct keeper_message message = {
-		.slot = hold->kept.slot,
-		.size_bytes = size_bytes,
-		.force = force,
-	};
+	for (;;) {
+		struct keeper_message message = {
+			.slot = hold->kept.slot,
+			.size_bytes = size_bytes,
+			.force = force,
+		};
+		int ret = keeper_call(hold->keeper, word, &message, -1, NULL, err);
 
-	return keeper_call(hold->keeper, word, &message, -1, NULL, err);
+		/* A predecessor's is under way, which may need this server to answer the device's requests. */
+		if (ret != -EALREADY)
+			return ret;
+		co_sleep_ns(NS_PER_SEC / 50);
+	}
 }
 
 suspends int kernel_hold_set_journal(struct kernel_hold *hold, int fd, struct err *err)
@@ -356,7 +362,7 @@ static suspends void free_there(struct kernel_hold *hold, bool lost)
 {
 	struct err err;
 
-	/* A call of a predecessor's is under way: the keeper must not keep what nobody knows of. */
+	/* A call of a predecessor's is under way, as older keepers say: the keeper must not keep what nobody knows of. */
 	while (request(hold, KEEPER_FREE, 0, lost, &err) == -EBUSY)
 		co_sleep_ns(NS_PER_SEC / 10);
 }

@@ -537,6 +537,7 @@ static const struct {
 	{ "dies_in_a_claim", dies_in_a_claim },
 	{ "floods", floods },
 	{ "random", random_requests },
+	{ "never_ready", wait_for_death },
 };
 
 int main(int argc, char **argv)
