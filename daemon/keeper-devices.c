@@ -120,11 +120,6 @@ static void held_free(struct held *held)
 	free(held);
 }
 
-static void set_identifier(struct held *held)
-{
-	snprintf(held->identifier, sizeof(held->identifier), "blkstack:%s", held->facts.export);
-}
-
 static struct held *find(struct keeper *keeper, uint32_t slot)
 {
 	return slot < KEEPER_DEVICES_MAX ? keeper->devices.slots[slot] : NULL;
@@ -151,7 +146,7 @@ static struct kernel_dev_opts opts_of(const struct held *held)
 
 	return (struct kernel_dev_opts){
 		.device = facts->device,
-		.identifier = held->identifier,
+		.export = facts->export,
 		.mode = (enum kernel_dev_mode)facts->mode,
 		.size_bytes = facts->size_bytes,
 		.block_size = facts->block_size,
@@ -401,7 +396,6 @@ static void claim(struct keeper *keeper, const struct keeper_message *request)
 	held->facts = *request;
 	held->facts.restarts = 0;
 	held->facts.settled = false;
-	set_identifier(held);
 	job_start(held, request, keeper->server_id, run_claim);
 }
 
@@ -503,7 +497,6 @@ int devices_adopt(struct keeper *keeper, const struct keeper_message *facts, con
 	if (ret)
 		return ret;
 	held->facts = *facts;
-	set_identifier(held);
 	const struct kernel_dev_opts opts = opts_of(held);
 	ret = kernel_dev_adopt(&opts, name, ends, dev_ended, held, &held->dev, err);
 	if (ret) {

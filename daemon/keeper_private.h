@@ -42,7 +42,6 @@ struct held {
 	int journal;                 /* the servers' own, never looked into */
 	int stored;                  /* what the service manager's store knows of it; -1: nothing */
 	struct keeper_message facts; /* export, device and sizes as they were claimed or changed */
-	char identifier[KEEPER_EXPORT_LEN + 16];
 	pthread_t thread;
 	sem_t wanted; /* a job, or without one the thread's end */
 	struct job job;

@@ -25,7 +25,7 @@ static void ignore_end(void *arg, int reason)
 
 static int claim_by(struct kernel_dev *dev, struct err *err)
 {
-	if (dev->opts.mode != KERNEL_DEV_IOCTL && dev->identifier[0]) {
+	if (dev->opts.mode != KERNEL_DEV_IOCTL) {
 		dev->how = &kernel_dev_by_netlink;
 
 		int ret = dev->how->claim(dev, err);

@@ -72,11 +72,17 @@ static bool is_connected(const struct kernel_dev *dev)
 	       kernel_netlink_reconfigure(&nothing, NULL) != -EINVAL;
 }
 
-static bool has_identifier(const char *name, const char *identifier)
+void kernel_dev_identify(struct kernel_dev *dev, const char *export)
 {
-	char text[sizeof(((struct kernel_dev *)0)->identifier)];
+	snprintf(dev->identifier, sizeof(dev->identifier), KERNEL_DEV_IDENTIFIER "%s", export);
+}
 
-	return !kernel_sysfs_read(name, "backend", text, sizeof(text)) && !strcmp(text, identifier);
+static bool has_identifier(const struct kernel_dev *dev)
+{
+	char text[sizeof(dev->identifier)];
+
+	return !kernel_sysfs_read(dev->name, "backend", text, sizeof(text)) &&
+	       !strcmp(text, dev->identifier);
 }
 
 /* --- watching --------------------------------------------------------------------------------- */
@@ -152,7 +158,7 @@ static int send_connect(struct kernel_dev *dev, int index, struct err *err)
 	if (ret)
 		return ret;
 	snprintf(dev->name, sizeof(dev->name), "nbd%u", made);
-	if (has_identifier(dev->name, dev->identifier))
+	if (has_identifier(dev))
 		return 0;
 	kernel_netlink_disconnect(made, NULL);
 	return err_set(err, EOPNOTSUPP,
@@ -321,8 +327,8 @@ static int take_up(struct kernel_dev *dev, struct err *err)
 	return ret ? err_wrap(err, "%s", path) : 0;
 }
 
-/* False: there is none. */
-static bool find_own(struct kernel_dev *dev)
+/* The first one that was attached for its export and fits; false: there is none. */
+static bool find(struct kernel_dev *dev, bool (*fits)(const struct kernel_dev *dev))
 {
 	CLEANUP(free) unsigned *indices = NULL;
 	size_t count = 0;
@@ -331,33 +337,33 @@ static bool find_own(struct kernel_dev *dev)
 		return false;
 	for (size_t i = 0; i < count; i++) {
 		snprintf(dev->name, sizeof(dev->name), "nbd%u", indices[i]);
-		if (has_identifier(dev->name, dev->identifier) && is_connected(dev))
+		if (has_identifier(dev) && fits(dev))
 			return true;
 	}
 	return false;
 }
 
-bool kernel_dev_find_left(const char *identifier, char name[KERNEL_NAME_LEN])
+static bool is_left(const struct kernel_dev *dev)
 {
-	CLEANUP(free) unsigned *indices = NULL;
-	size_t count = 0;
+	return kernel_sysfs_server(dev->name) && !kernel_lock_holder(dev->name, NULL);
+}
 
-	if (kernel_sysfs_list(&indices, &count, NULL))
+bool kernel_dev_find_left(const char *export, char name[KERNEL_NAME_LEN])
+{
+	struct kernel_dev dev = {};
+
+	kernel_dev_identify(&dev, export);
+	if (!find(&dev, is_left))
 		return false;
-	for (size_t i = 0; i < count; i++) {
-		snprintf(name, KERNEL_NAME_LEN, "nbd%u", indices[i]);
-		if (has_identifier(name, identifier) && kernel_sysfs_server(name) &&
-			!kernel_lock_holder(name, NULL))
-			return true;
-	}
-	return false;
+	snprintf(name, KERNEL_NAME_LEN, "%s", dev.name);
+	return true;
 }
 
 /* --- what the common part calls --------------------------------------------------------------- */
 
 static int claim_any(struct kernel_dev *dev, struct err *err)
 {
-	if (find_own(dev))
+	if (find(dev, is_connected))
 		return take_up(dev, err);
 	dev->name[0] = '\0';
 
@@ -378,7 +384,7 @@ static int netlink_set_size(struct kernel_dev *dev, uint64_t size_bytes, struct 
 
 static int netlink_disconnect(struct kernel_dev *dev, struct err *err)
 {
-	if (!has_identifier(dev->name, dev->identifier))
+	if (!has_identifier(dev))
 		return 0; /* the thread sees it too */
 	return kernel_netlink_disconnect(index_of(dev), err);
 }
@@ -410,7 +416,7 @@ static int go_on(struct kernel_dev *dev, struct err *err)
 	dev->opts.connections = connections;
 	if (ret)
 		return ret;
-	if (!has_identifier(dev->name, dev->identifier) || !is_connected(dev))
+	if (!has_identifier(dev) || !is_connected(dev))
 		return err_set(err, ENODEV, "the driver does not have it any more");
 	kernel_dev_note(dev);
 	return start_watching(dev, err);

@@ -361,12 +361,6 @@ int kernel_dev_check(const struct kernel_dev_opts *opts, struct err *err)
 			"%s: a size of %lu bytes is no multiple of its block size of %u: "
 			"put a padded layer on top of the stack",
 			opts->device, (unsigned long)opts->size_bytes, opts->block_size);
-	if (opts->identifier &&
-		strlen(opts->identifier) >= sizeof(((struct kernel_dev *)0)->identifier))
-		return err_set(err, EINVAL, "%s: the identifier \"%s\" is too long", opts->device,
-			opts->identifier);
-	if (opts->mode == KERNEL_DEV_NETLINK && !opts->identifier)
-		return err_set(err, EINVAL, "%s: netlink needs an identifier", opts->device);
 	return 0;
 }
 
@@ -392,10 +386,9 @@ struct kernel_dev *kernel_dev_new(
 	pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
 	pthread_cond_init(&dev->changed, &clock);
 	snprintf(dev->device, sizeof(dev->device), "%s", opts->device);
-	snprintf(dev->identifier, sizeof(dev->identifier), "%s",
-		opts->identifier ? opts->identifier : "");
+	kernel_dev_identify(dev, opts->export);
 	dev->opts.device = dev->device;
-	dev->opts.identifier = dev->identifier;
+	dev->opts.export = dev->identifier + strlen(KERNEL_DEV_IDENTIFIER);
 	return dev;
 }
 

@@ -22,14 +22,16 @@
 
 struct kernel_dev;
 
+/* And the name of the export: the attribute `backend` of our devices by netlink. */
+#define KERNEL_DEV_IDENTIFIER "blkstack:"
+
 #define KERNEL_CONNECTIONS_MAX 16
 
 enum kernel_dev_mode { KERNEL_DEV_AUTO, KERNEL_DEV_IOCTL, KERNEL_DEV_NETLINK };
 
 struct kernel_dev_opts {
 	const char *device; /* "/dev/nbd0", or "auto" for the first one that is free */
-	const char *
-		identifier; /* by which we know our devices again: the text of the `backend` attribute */
+	const char *export; /* whose it is; by netlink we know it again by that */
 	enum kernel_dev_mode mode;
 	uint64_t size_bytes;  /* a multiple of block_size */
 	uint32_t block_size;  /* logical block size: 512 to 4096, a power of two */
@@ -64,17 +66,17 @@ int kernel_dev_claim(const struct kernel_dev_opts *opts, void (*on_end)(void *ar
 
 /*
  * A device that another process attached by netlink, and whose ends were kept: it goes on as it is, and is settled
- * already. The ends stay the caller's, as after a claim. -ENODEV: the driver does not have it under that identifier.
+ * already. The ends stay the caller's, as after a claim. -ENODEV: the driver does not have it for that export.
  */
 int kernel_dev_adopt(const struct kernel_dev_opts *opts, const char *name,
 	const struct kernel_ends *ends, void (*on_end)(void *arg, int reason), void *arg,
 	struct kernel_dev **dev, struct err *err);
 
 /*
- * One that was attached by netlink under that identifier, and whose keeper is gone: to be claimed by its name. Asks sysfs
+ * One that was attached by netlink for that export, and whose keeper is gone: to be claimed by its name. Asks sysfs
  * only, so that one which was disconnected, but is still open somewhere, is found as well; the claim sees the difference.
  */
-bool kernel_dev_find_left(const char *identifier, char name[KERNEL_NAME_LEN]);
+bool kernel_dev_find_left(const char *export, char name[KERNEL_NAME_LEN]);
 
 /* Closes those that are left: entries of -1 were taken. */
 void kernel_ends_close(struct kernel_ends *ends);

@@ -60,6 +60,7 @@ struct kernel_dev *kernel_dev_new(
 	const struct kernel_dev_opts *opts, void (*on_end)(void *arg, int reason), void *arg);
 
 /* What the driver is told. */
+void kernel_dev_identify(struct kernel_dev *dev, const char *export);
 uint64_t kernel_dev_driver_flags(const struct kernel_dev *dev);
 uint32_t kernel_dev_driver_timeout_s(const struct kernel_dev *dev);
 

@@ -86,7 +86,7 @@ static int call_settle(struct call *call)
 {
 	struct kernel_hold *hold = call->hold;
 	struct err unnamed = { 0 };
-	int named = kernel_name_publish(hold->name, hold->export, &unnamed);
+	int named = kernel_name_publish(hold->name, hold->opts.export, &unnamed);
 	int ret = kernel_dev_settle(hold->dev, call->err);
 
 	if (ret || !named)
@@ -145,20 +145,17 @@ static void ended_there(struct keeper_device *device, int reason)
 
 /* --- claiming, taking over -------------------------------------------------------------------- */
 
-void kernel_hold_init(struct kernel_hold *hold, struct keeper_link *keeper, const char *export,
+void kernel_hold_init(struct kernel_hold *hold, struct keeper_link *keeper,
 	const struct kernel_dev_opts *opts, void (*on_end)(struct kernel_hold *hold))
 {
 	*hold = (struct kernel_hold){
 		.keeper = keeper,
-		.export = export,
 		.opts = *opts,
 		.journal = -1,
 		.on_end = on_end,
 		.reactor = reactor_self(),
 		.kept.ended = ended_there,
 	};
-	snprintf(hold->identifier, sizeof(hold->identifier), "blkstack:%s", export ? export : "");
-	hold->opts.identifier = hold->identifier;
 	list_init(&hold->kept.link);
 	co_queue_init(&hold->end);
 	task_init(&hold->ended_task, ended_here);
@@ -197,7 +194,7 @@ static suspends int claim_there(struct kernel_hold *hold, struct err *err)
 	};
 	struct keeper_fds fds;
 
-	snprintf(message.export, sizeof(message.export), "%s", hold->export);
+	snprintf(message.export, sizeof(message.export), "%s", hold->opts.export);
 	snprintf(message.device, sizeof(message.device), "%s", hold->opts.device);
 	int ret = keeper_call(hold->keeper, KEEPER_CLAIM, &message, -1, &fds, err);
 	if (ret)
@@ -254,7 +251,7 @@ suspends int kernel_hold_take_over(struct kernel_hold *hold, struct keeper_link 
 		.dead_timeout_s = message.dead_timeout_s,
 		.flags = (uint16_t)message.flags,
 	};
-	kernel_hold_init(hold, keeper, NULL, &opts, NULL);
+	kernel_hold_init(hold, keeper, &opts, NULL);
 	take_ends(hold, &fds);
 	snprintf(hold->name, sizeof(hold->name), "%.*s", KERNEL_NAME_LEN - 1, message.device);
 	snprintf(export_name, KEEPER_EXPORT_LEN, "%s", message.export);
@@ -273,7 +270,7 @@ suspends int kernel_hold_take_over(struct kernel_hold *hold, struct keeper_link 
 void kernel_hold_rename(
 	struct kernel_hold *hold, const char *export, void (*on_end)(struct kernel_hold *hold))
 {
-	hold->export = export;
+	hold->opts.export = export;
 	hold->on_end = on_end;
 }
 

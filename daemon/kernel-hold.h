@@ -17,10 +17,8 @@
 
 struct kernel_hold {
 	struct keeper_link *keeper; /* NULL: held by this process */
-	const char *export;         /* its name; lives as long as the hold */
-	char identifier[KEEPER_EXPORT_LEN + 16];
-	struct kernel_dev_opts
-		opts; /* once claimed, with the mode and the connections that it has */
+	/* Once claimed, with the mode and the connections that it has. The export's name lives as long. */
+	struct kernel_dev_opts opts;
 	char name[KERNEL_NAME_LEN]; /* "nbd0", once claimed */
 	struct kernel_ends ends;    /* the door's to use and to close */
 	int journal;         /* from the keeper: what the servers before wrote; -1: nothing */
@@ -40,8 +38,8 @@ struct kernel_hold {
 	struct keeper_device kept; /* held there */
 };
 
-/* Sets export, keeper, on_end and opts; nothing is held yet. */
-void kernel_hold_init(struct kernel_hold *hold, struct keeper_link *keeper, const char *export,
+/* Sets keeper, opts and on_end; nothing is held yet. */
+void kernel_hold_init(struct kernel_hold *hold, struct keeper_link *keeper,
 	const struct kernel_dev_opts *opts, void (*on_end)(struct kernel_hold *hold));
 
 /* As kernel_dev_claim(). */

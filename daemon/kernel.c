@@ -258,6 +258,7 @@ static struct kernel_door *door_new(const struct kernel_opts *opts)
 	struct kernel_door *door = calloc(1, sizeof(*door));
 	const struct kernel_dev_opts dev_opts = {
 		.device = opts->device,
+		.export = opts->nbd->name,
 		.size_bytes = opts->size_bytes,
 		.block_size = opts->block_size,
 		.mode = opts->mode,
@@ -272,7 +273,7 @@ static struct kernel_door *door_new(const struct kernel_opts *opts)
 	door->nbd = opts->nbd;
 	list_init(&door->link);
 	co_group_init(&door->serving);
-	kernel_hold_init(&door->hold, opts->keeper, opts->nbd->name, &dev_opts, door_ended);
+	kernel_hold_init(&door->hold, opts->keeper, &dev_opts, door_ended);
 	door->hold.by_hand = opts->by_hand;
 	snprintf(door->device, sizeof(door->device), "%s", opts->device);
 	return door;
@@ -307,10 +308,9 @@ static suspends int attach_once(
 
 bool kernel_find_left(const char *export, char device[KERNEL_NAME_LEN + 8])
 {
-	char identifier[KEEPER_EXPORT_LEN + 16], name[KERNEL_NAME_LEN];
+	char name[KERNEL_NAME_LEN];
 
-	snprintf(identifier, sizeof(identifier), "blkstack:%s", export);
-	if (!kernel_dev_find_left(identifier, name))
+	if (!kernel_dev_find_left(export, name))
 		return false;
 	snprintf(device, KERNEL_NAME_LEN + 8, "/dev/%s", name);
 	return true;

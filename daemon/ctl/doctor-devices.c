@@ -20,10 +20,9 @@
 #include "base/cleanup.h"
 #include "base/units.h"
 #include "daemon/ctl/doctor.h"
+#include "daemon/kernel-dev.h"
 #include "daemon/kernel-lock.h"
 #include "daemon/kernel-users.h"
-
-#define OUR_IDENTIFIER "blkstack:" /* and the name of the export */
 
 #define SECTOR_BYTES 512 /* the unit of sysfs' size, whatever the device's blocks are */
 
@@ -130,7 +129,7 @@ static void report_dead(struct doctor *doctor, const struct device *device)
 /* By netlink, and nobody of ours lives: its requests wait. */
 static void report_waiting(struct doctor *doctor, const struct device *device)
 {
-	const char *export = device->identifier + strlen(OUR_IDENTIFIER);
+	const char *export = device->identifier + strlen(KERNEL_DEV_IDENTIFIER);
 	char remedy[512], size[UNITS_SIZE_TEXT_LEN], users[600];
 
 	snprintf(remedy, sizeof(remedy),
@@ -201,7 +200,8 @@ static void report_healthy(struct doctor *doctor, const struct device *device)
 static bool check_device(struct doctor *doctor, const struct device *device)
 {
 	bool served_by_us = device->keeper || !strcmp(device->process, "blkstackd");
-	bool ours_by_netlink = !strncmp(device->identifier, OUR_IDENTIFIER, strlen(OUR_IDENTIFIER));
+	bool ours_by_netlink = !strncmp(
+		device->identifier, KERNEL_DEV_IDENTIFIER, strlen(KERNEL_DEV_IDENTIFIER));
 	bool attached_since = device->attacher && device->attacher != device->pid;
 
 	if (device->pid && served_by_us) {

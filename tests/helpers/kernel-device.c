@@ -135,10 +135,10 @@ static void on_end(void *arg, int reason)
 static struct kernel_dev *attach(struct server *server, uint32_t timeout_s)
 {
 	const char *mode = getenv("KERNEL_DEVICE");
-	char identifier[32];
+	char export[32];
 	struct kernel_dev_opts opts = {
 		.device = "auto",
-		.identifier = identifier,
+		.export = export,
 		.mode = mode && !strcmp(mode, "netlink") ? KERNEL_DEV_NETLINK : KERNEL_DEV_IOCTL,
 		.dead_timeout_s = 3600,
 		.size_bytes = DISK_SIZE,
@@ -150,7 +150,7 @@ static struct kernel_dev *attach(struct server *server, uint32_t timeout_s)
 	struct kernel_ends ends;
 	struct kernel_dev *dev;
 
-	snprintf(identifier, sizeof(identifier), "test:%d", (int)getpid());
+	snprintf(export, sizeof(export), "test-%d", (int)getpid());
 
 	int ret = kernel_dev_claim(&opts, on_end, server, &dev, &ends, &err);
 
