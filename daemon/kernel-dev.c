@@ -33,6 +33,7 @@
 
 #include "base/cleanup.h"
 #include "base/log.h"
+#include "base/process.h"
 #include "base/util.h"
 #include "daemon/kernel-dev_private.h"
 #include "daemon/kernel-lock.h"
@@ -201,16 +202,10 @@ int kernel_dev_busy(const char *name, struct err *err)
 	pid_t keeper = kernel_lock_holder(name, NULL);
 	pid_t server = keeper > 0 ? keeper : kernel_sysfs_server(name);
 	struct err users = { 0 };
-	char path[64], comm[32] = "";
+	char server_name[PROCESS_NAME_LEN];
 
-	snprintf(path, sizeof(path), "/proc/%d/comm", (int)server);
-
-	CLEANUP(file) FILE *file = server ? fopen(path, "re") : NULL;
-
-	if (file && fgets(comm, sizeof(comm), file))
-		comm[strcspn(comm, "\n")] = '\0';
-	if (comm[0])
-		return err_set(err, EBUSY, "in use: served by %s (%d)", comm, (int)server);
+	if (server && process_name(server, server_name))
+		return err_set(err, EBUSY, "in use: served by %s (%d)", server_name, (int)server);
 	kernel_users_check(name, NULL, 0, &users);
 	if (server)
 		return err_set(err, EBUSY, "its server is gone but it is still in use%s%s",

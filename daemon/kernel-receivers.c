@@ -15,62 +15,44 @@
 
 #include <ctype.h>
 #include <dirent.h>
-#include <fcntl.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <time.h>
-#include <unistd.h>
 
 #include "base/cleanup.h"
+#include "base/process.h"
 #include "daemon/kernel-sysfs.h"
 
 #define STEP_MS 10
 
 /* The first thread of the kernel that starts others; it has this number wherever it can be seen. */
-#define KTHREADD_PID "2"
-
-static bool name_of(const char *pid, char *name, size_t size)
-{
-	char path[64];
-
-	snprintf(path, sizeof(path), "/proc/%.20s/comm", pid);
-
-	CLEANUP(fd) int fd = open(path, O_RDONLY | O_CLOEXEC);
-	ssize_t length = fd < 0 ? -1 : read(fd, name, size - 1);
-
-	if (length <= 0)
-		return false;
-	name[length] = '\0';
-	name[strcspn(name, "\n")] = '\0';
-	return true;
-}
+#define KTHREADD_PID 2
 
 static bool kernel_threads_are_seen(void)
 {
-	char name[80];
+	char name[PROCESS_NAME_LEN];
 
-	return name_of(KTHREADD_PID, name, sizeof(name)) && !strcmp(name, "kthreadd");
+	return process_name(KTHREADD_PID, name) && !strcmp(name, "kthreadd");
 }
 
 static unsigned count_busy_with(const char *work)
 {
-	DIR *processes = opendir("/proc");
+	CLEANUP(dir) DIR *processes = opendir("/proc");
 	struct dirent *process;
 	unsigned count = 0;
 
 	while (processes && (process = readdir(processes))) {
-		char name[80];
+		char name[PROCESS_NAME_LEN];
 		const char *busy_with;
 
 		if (!isdigit((unsigned char)process->d_name[0]) ||
-			!name_of(process->d_name, name, sizeof(name)))
+			!process_name(atoi(process->d_name), name))
 			continue;
 		busy_with = strrchr(name, '+');
 		/* Of older drivers with a "k" in front. */
 		count += busy_with && !strcmp(busy_with + (busy_with[1] == 'k' ? 2 : 1), work);
 	}
-	if (processes)
-		closedir(processes);
 	return count;
 }
 

@@ -26,6 +26,7 @@
 #include <unistd.h>
 
 #include "base/cleanup.h"
+#include "base/process.h"
 #include "daemon/kernel-sysfs.h"
 
 struct users {
@@ -164,7 +165,7 @@ static bool is_own_fd(const struct users *users, const char *fd_name)
 /* At most one word per process, however many descriptors it has. */
 static void find_open_files_of(struct users *users, const char *pid)
 {
-	char path[64], comm[32] = "?";
+	char path[64], process[PROCESS_NAME_LEN];
 	bool is_self = atoi(pid) == getpid();
 
 	snprintf(path, sizeof(path), "/proc/%.16s/fd", pid);
@@ -184,13 +185,8 @@ static void find_open_files_of(struct users *users, const char *pid)
 				users->name, makedev(status.stx_rdev_major, status.stx_rdev_minor)))
 			continue;
 
-		snprintf(path, sizeof(path), "/proc/%.16s/comm", pid);
-
-		CLEANUP(file) FILE *file = fopen(path, "re");
-
-		if (file && fgets(comm, sizeof(comm), file))
-			comm[strcspn(comm, "\n")] = '\0';
-		users_add(users, "open by %s (%.16s)", comm, pid);
+		users_add(users, "open by %s (%.16s)",
+			process_name(atoi(pid), process) ? process : "?", pid);
 		return;
 	}
 }

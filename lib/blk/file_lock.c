@@ -27,6 +27,7 @@
 #include <unistd.h>
 
 #include "base/cleanup.h"
+#include "base/process.h"
 #include "base/util.h"
 #include "blk/file.h"
 
@@ -87,17 +88,14 @@ static bool process_locks(const char *pid, const struct stat *file, off_t byte, 
 
 static void name_process(const char *pid, char who[WHO_LEN])
 {
-	char path[PATH_MAX], name[32] = "a process";
+	char name[PROCESS_NAME_LEN];
 
 	if (atoi(pid) == getpid()) {
 		snprintf(who, WHO_LEN, "another export of this %s", program_invocation_short_name);
 		return;
 	}
-	snprintf(path, sizeof(path), "/proc/%s/comm", pid);
-	CLEANUP(file) FILE *comm = fopen(path, "re");
-	if (comm && fgets(name, sizeof(name), comm))
-		name[strcspn(name, "\n")] = '\0';
-	snprintf(who, WHO_LEN, "%s (pid %s)", name, pid);
+	snprintf(who, WHO_LEN, "%s (pid %s)", process_name(atoi(pid), name) ? name : "a process",
+		pid);
 }
 
 static void name_holder(int fd, off_t byte, char who[WHO_LEN])

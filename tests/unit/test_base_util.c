@@ -1,12 +1,16 @@
 /*
- * The small things of lib/base: ranges, rounding, checked sums, big-endian fields, lists, cleanup.
+ * The small things of lib/base: ranges, rounding, checked sums, big-endian fields, lists, cleanup, names of
+ * processes.
  */
 #include <fcntl.h>
 #include <string.h>
+#include <sys/prctl.h>
+#include <unistd.h>
 
 #include "base/cleanup.h"
 #include "base/endian.h"
 #include "base/list.h"
+#include "base/process.h"
 #include "base/util.h"
 #include "tests/unit/testing.h"
 
@@ -171,6 +175,22 @@ START_TEST(cleanup_ends_what_was_not_taken)
 }
 END_TEST
 
+/* --- processes -------------------------------------------------------------------------------- */
+
+START_TEST(a_process_has_the_name_that_it_gave_itself)
+{
+	char name[PROCESS_NAME_LEN];
+
+	prctl(PR_SET_NAME, "a+b (c) ~");
+	ck_assert(process_name(getpid(), name));
+	ck_assert_str_eq(name, "a+b (c) ~");
+	prctl(PR_SET_NAME, "");
+	ck_assert(!process_name(getpid(), name));
+	ck_assert(!process_name(-1, name));
+	ck_assert_str_eq(name, "");
+}
+END_TEST
+
 static void fill(TCase *tcase)
 {
 	tcase_add_loop_test(tcase, overlap_means_a_byte_in_common, 0, 2);
@@ -180,6 +200,7 @@ static void fill(TCase *tcase)
 	tcase_add_test(tcase, fields_are_big_endian_and_packed);
 	tcase_add_test(tcase, lists_keep_their_order);
 	tcase_add_test(tcase, cleanup_ends_what_was_not_taken);
+	tcase_add_test(tcase, a_process_has_the_name_that_it_gave_itself);
 }
 
 int main(void)
