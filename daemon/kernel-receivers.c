@@ -8,8 +8,10 @@
  * is answered on its own connection is not read: requests hang until their time-out ("Connection timed out, retrying
  * (3/3 alive)"), which may be an hour. Seen on Linux 6.1.
  *
- * How we know: behind the name of a kernel thread stands what work it is busy with: "kworker/u5:1+nbd0-recv". Where
- * /proc does not show kernel threads, or they do not say, nothing can be told.
+ * How we know: behind the name of a kernel thread stands what work it is busy with: "kworker/u5:1+nbd0-recv", or
+ * "+knbd0-recv" of an older driver. Where /proc does not show kernel threads, or they do not say that (before Linux 4.18),
+ * or the work of all devices is a single "knbd-recv" (before 5.4), nothing can
+ * be told.
  */
 #include "daemon/kernel-receivers.h"
 
@@ -18,11 +20,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "base/cleanup.h"
 #include "base/process.h"
-#include "daemon/kernel-sysfs.h"
+#include "daemon/kernel-dev_private.h"
 
 #define STEP_MS 10
 
@@ -50,7 +51,6 @@ static unsigned count_busy_with(const char *work)
 			!process_name(atoi(process->d_name), name))
 			continue;
 		busy_with = strrchr(name, '+');
-		/* Of older drivers with a "k" in front. */
 		count += busy_with && !strcmp(busy_with + (busy_with[1] == 'k' ? 2 : 1), work);
 	}
 	return count;
@@ -58,7 +58,6 @@ static unsigned count_busy_with(const char *work)
 
 bool kernel_receivers_run(const char *device, unsigned connections, unsigned wait_ms)
 {
-	const struct timespec step = { .tv_nsec = STEP_MS * 1000000L };
 	char work[KERNEL_NAME_LEN + 8];
 	unsigned count = 0;
 
@@ -69,7 +68,7 @@ bool kernel_receivers_run(const char *device, unsigned connections, unsigned wai
 		count = count_busy_with(work);
 		if (count >= connections)
 			return true;
-		nanosleep(&step, NULL);
+		kernel_dev_sleep_ms(STEP_MS);
 	}
-	return !count; /* an older driver's have other names, for at least one would have begun */
+	return !count; /* the names do not tell, for at least one would have begun */
 }
