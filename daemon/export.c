@@ -441,10 +441,23 @@ static suspends int take_over(struct export *export, struct err *err)
 	return 0;
 }
 
-/* A start that fails leaves a device that it took up as it found it: its users wait for one that does not. */
-static bool is_put_back(const struct export *export)
+/* What the end of an export means for its device. */
+enum device_end {
+	NO_DEVICE,
+	LEFT,     /* for the next server, or the next start */
+	PUT_BACK, /* as this start found it, which fails: its users wait for one that does not */
+	DETACHED,
+};
+
+static enum device_end device_end(const struct export *export)
 {
-	return export->daemon->env.start_failed && kernel_was_left(export->kernel);
+	if (!export->kernel)
+		return NO_DEVICE;
+	if (daemon_leaves(export->daemon, export->kernel))
+		return LEFT;
+	if (export->daemon->env.start_failed && kernel_was_left(export->kernel))
+		return PUT_BACK;
+	return DETACHED;
 }
 
 /* The daemon ends: a device in use is detached all the same, after saying whose data is at stake. */
@@ -452,8 +465,7 @@ static suspends void detach_for_good(struct export *export)
 {
 	struct err err;
 
-	if (!export->kernel || daemon_leaves(export->daemon, export->kernel) ||
-		is_put_back(export) || !detach(export, false, &err))
+	if (!detach(export, false, &err))
 		return;
 	log_error("export \"%s\": %s; detaching it all the same, since the daemon stops",
 		export->config->name, err.text);
@@ -598,14 +610,15 @@ suspends void export_stop(struct export *export, uint64_t grace_ns)
 	export->stopping = true;
 	list_remove(&export->link);
 	list_push_back(&export->daemon->closing, &export->link);
-	detach_for_good(export);
+	const enum device_end ending = device_end(export);
+	if (ending == DETACHED)
+		detach_for_good(export);
 	nbd_withdraw(&export->nbd, grace_ns);
-	/* Nobody serves it now: what did not let itself be detached is let go. */
-	if (export->kernel && daemon_leaves(export->daemon, export->kernel))
+	if (ending == LEFT)
 		kernel_leave(take_ptr(export->kernel));
-	else if (export->kernel && is_put_back(export))
+	else if (ending == PUT_BACK)
 		kernel_let_go(take_ptr(export->kernel));
-	else if (export->kernel)
+	else if (export->kernel) /* it did not let itself be detached */
 		kernel_abandon(take_ptr(export->kernel));
 	co_mutex_unlock(&export->change);
 	export->drained = true;
