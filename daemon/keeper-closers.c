@@ -9,22 +9,24 @@
  */
 #include <errno.h>
 #include <pthread.h>
-#include <stdatomic.h>
 #include <sys/eventfd.h>
 
-#include "base/util.h"
 #include "daemon/keeper_private.h"
 
 static void *closer_thread(void *arg)
 {
-	struct closer *closer = arg;
+	struct closers *closers = arg;
 
+	pthread_mutex_lock(&closers->mutex);
 	for (;;) {
-		while (sem_wait(&closer->wanted))
-			;
-		keeper_fds_close(&closer->fds);
-		atomic_store(&closer->busy, false);
-		eventfd_write(closer->event, 1);
+		while (!closers->waiting_count)
+			pthread_cond_wait(&closers->wanted, &closers->mutex);
+		struct keeper_fds fds = closers->waiting[--closers->waiting_count];
+		pthread_mutex_unlock(&closers->mutex);
+		keeper_fds_close(&fds);
+		pthread_mutex_lock(&closers->mutex);
+		closers->busy--;
+		eventfd_write(closers->event, 1);
 	}
 	return NULL;
 }
@@ -34,44 +36,37 @@ int closers_init(struct closers *closers)
 	pthread_t thread;
 	int ret = 0;
 
+	pthread_mutex_init(&closers->mutex, NULL);
+	pthread_cond_init(&closers->wanted, NULL);
 	closers->event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (closers->event < 0)
 		return -errno;
-	for (size_t i = 0; i < ARRAY_LEN(closers->items) && !ret; i++) {
-		struct closer *closer = &closers->items[i];
-
-		closer->event = closers->event;
-		sem_init(&closer->wanted, 0, 0);
-		ret = -pthread_create(&thread, NULL, closer_thread, closer);
+	for (unsigned i = 0; i < KEEPER_CLOSERS && !ret; i++) {
+		ret = -pthread_create(&thread, NULL, closer_thread, closers);
 		if (!ret)
 			pthread_detach(thread);
 	}
 	return ret;
 }
 
-static struct closer *find_free(struct closers *closers)
-{
-	for (size_t i = 0; i < ARRAY_LEN(closers->items); i++)
-		if (!atomic_load(&closers->items[i].busy))
-			return &closers->items[i];
-	return NULL;
-}
-
 bool closers_free(struct closers *closers)
 {
-	return find_free(closers);
+	pthread_mutex_lock(&closers->mutex);
+	bool is_free = closers->busy < KEEPER_CLOSERS;
+	pthread_mutex_unlock(&closers->mutex);
+	return is_free;
 }
 
 void closers_take(struct closers *closers, struct keeper_fds *fds)
 {
-	struct closer *closer = find_free(closers);
-
 	if (!fds->count)
 		return;
-	closer->fds = *fds;
+	pthread_mutex_lock(&closers->mutex);
+	closers->waiting[closers->waiting_count++] = *fds;
+	closers->busy++;
+	pthread_cond_signal(&closers->wanted);
+	pthread_mutex_unlock(&closers->mutex);
 	fds->count = 0;
-	atomic_store(&closer->busy, true);
-	sem_post(&closer->wanted);
 }
 
 void closers_event(struct closers *closers)

@@ -6,7 +6,6 @@
 
 #include <pthread.h>
 #include <semaphore.h>
-#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <sys/types.h>
@@ -95,16 +94,13 @@ _Static_assert(KEEPER_LISTENERS_MAX + KEEPER_FDS_MAX <= ARRAY_LEN(((struct keepe
 
 #define KEEPER_CLOSERS 4 /* each holds as many descriptors as come with a message at most */
 
-struct closer {
-	sem_t wanted;
-	atomic_bool busy;
-	struct keeper_fds fds;
-	int event;
-};
-
 struct closers {
-	struct closer items[KEEPER_CLOSERS];
-	int event; /* readable when one has become free */
+	pthread_mutex_t mutex; /* of what follows */
+	pthread_cond_t wanted;
+	struct keeper_fds waiting[KEEPER_CLOSERS];
+	unsigned waiting_count;
+	unsigned busy; /* those that wait, and those that are being closed */
+	int event;     /* readable when one has become free */
 };
 
 int closers_init(struct closers *closers);
