@@ -94,6 +94,19 @@ static suspends void make_synced(struct test_stack *stack)
 	wait_phase(mirror, MIRROR_IN_SYNC);
 }
 
+/* And its log cannot be written then. */
+static suspends struct mirror *make_synced_without_log(struct test_stack *stack)
+{
+	go_to_scratch();
+	make_synced(stack);
+
+	struct mirror *mirror = mirror_of(stack);
+
+	mirror_settle(mirror);
+	mirror->log.blk->disconnected = true;
+	return mirror;
+}
+
 suspends CO_TEST(test_clean_end)
 {
 	struct test_stack stack;
@@ -379,15 +392,8 @@ suspends CO_TEST(test_end_that_cannot_be_noted)
 	for (int promoted = 0; promoted < 2; promoted++) {
 		for (int by_settler = 0; by_settler < 2; by_settler++) {
 			enum log_state end = promoted ? LOG_PROMOTED : LOG_ENDED;
+			struct mirror *mirror = make_synced_without_log(&stack);
 
-			go_to_scratch();
-			make_synced(&stack);
-
-			struct mirror *mirror = mirror_of(&stack);
-			struct blk *log = mirror->log.blk;
-
-			mirror_settle(mirror);
-			log->disconnected = true;
 			if (promoted)
 				ck_assert_int_eq(promote(stack.top, false, false, &err), 0);
 			else
@@ -399,7 +405,7 @@ suspends CO_TEST(test_end_that_cannot_be_noted)
 			co_mutex_lock(&mirror->log.mutex);
 			ck_assert_int_eq(blk_write(&mirror->blk, 2 << 20, buf, sizeof(buf), 0), 0);
 			co_mutex_unlock(&mirror->log.mutex);
-			log->disconnected = false;
+			mirror->log.blk->disconnected = false;
 			if (by_settler) {
 				mirror_settle(mirror);
 				ck_assert_int_eq(log_state(), end);
@@ -443,22 +449,15 @@ suspends CO_TEST(test_log_that_cannot_be_written)
 {
 	struct test_stack stack;
 	char buf[4096];
+	struct mirror *mirror = make_synced_without_log(&stack);
 
-	go_to_scratch();
-	make_synced(&stack);
-
-	struct mirror *mirror = mirror_of(&stack);
-	struct blk *log = mirror->log.blk;
-
-	mirror_settle(mirror);
-	log->disconnected = true;
 	memset(buf, 'n', sizeof(buf));
 	ck_assert_int_eq(blk_write(&mirror->blk, 1 << 20, buf, sizeof(buf), 0), 0);
 	ck_assert_int_eq(mirror->phase, MIRROR_DEGRADED);
 	ck_assert_ptr_nonnull(strstr(mirror->secondary_failure.text, "intent log"));
 	ck_assert(leg_holds(mirror->secondary, 1 << 20, sizeof(buf), 'x'));
 	ck_assert(leg_holds(mirror->primary, 1 << 20, sizeof(buf), 'n'));
-	log->disconnected = false;
+	mirror->log.blk->disconnected = false;
 	mirror_resume(&mirror->blk);
 	wait_phase(mirror, MIRROR_IN_SYNC);
 	ck_assert(!mirror->log.broken);
