@@ -85,7 +85,9 @@ static int held_new(struct keeper *keeper, struct held **new, struct err *err)
 		return err_set(err, ENOSPC, "the keeper holds as many devices as it can");
 	struct held *held = calloc(1, sizeof(*held));
 	if (!held)
-		return err_set(err, ENOMEM, "the keeper has no memory");
+		return err_set(err, ENOMEM,
+			"the keeper has no memory: raise its service's limit (MemoryMax=), or free "
+			"some, and try again");
 	held->keeper = keeper;
 	held->slot = slot;
 	held->journal = held->stored = -1;
@@ -93,7 +95,9 @@ static int held_new(struct keeper *keeper, struct held **new, struct err *err)
 	int ret = pthread_create(&held->thread, NULL, job_thread, held);
 	if (ret) {
 		free(held);
-		return err_sys(err, ret, "the keeper cannot start a thread");
+		return err_sys(err, ret,
+			"the keeper cannot start a thread (raise its service's TasksMax= or "
+			"MemoryMax=, and try again)");
 	}
 	devices->slots[slot] = held;
 	devices->count++;

@@ -563,8 +563,11 @@ static void reap_server(struct life *life)
 	server_ended(life, status);
 	if (keeper->sock < 0 || life->done)
 		return;
-	log_error("keeper: another server can be started only when what this one sent has closed");
-	set_status_line("NOT SERVING: what the last server sent does not close");
+	log_error("keeper: another server can be started only when what this one sent has closed; "
+		  "SIGTERM to this process (systemctl stop) ends the service without one");
+	set_status_line(
+		"NOT SERVING: what the last server sent does not close; another one starts when it "
+		"has. SIGTERM to this process (systemctl stop) ends the service without one");
 }
 
 static void try_again(struct life *life)
