@@ -2,6 +2,10 @@
  * Where the daemon's config comes from, at the start and at every reload: the file, what the command line
  * says in its place, and the sockets that the service manager passed; see config-source.h.
  *
+ * What a server before this one had in force comes from the keeper. Where it cannot be read: within one life of the
+ * service that is an error, and the keeper goes back to the program that wrote it or only holds the devices. After a
+ * restart the file holds, and devices wait until somebody says that it is the right one (daemon-keeper.c).
+ *
  * Failure modes: those of config_load(); a passed TCP socket that needs TLS (see config_add_listen()).
  */
 #include "daemon/config-source.h"
@@ -17,6 +21,7 @@
 
 #include <systemd/sd-daemon.h>
 
+#include "base/cleanup.h"
 #include "base/log.h"
 #include "base/util.h"
 
@@ -95,6 +100,18 @@ static void raise_fd_limit(const struct config *config)
 	setrlimit(RLIMIT_NOFILE, &limit);
 }
 
+static int complete(const struct config_source *source, struct config *config, struct err *err)
+{
+	if (source->engine)
+		config->engine = source->engine;
+	if (source->log_level)
+		config->log_level = source->log_level;
+	int ret = adopt_sockets(config, err);
+	if (!ret)
+		raise_fd_limit(config);
+	return ret;
+}
+
 int config_source_load(const struct config_source *source, struct config **loaded, struct err *err)
 {
 	struct config *config;
@@ -103,16 +120,81 @@ int config_source_load(const struct config_source *source, struct config **loade
 	*loaded = NULL;
 	if (ret)
 		return ret;
-	if (source->engine)
-		config->engine = source->engine;
-	if (source->log_level)
-		config->log_level = source->log_level;
-	ret = adopt_sockets(config, err);
+	ret = complete(source, config, err);
 	if (ret) {
 		config_free(config);
 		return ret;
 	}
-	raise_fd_limit(config);
 	*loaded = config;
 	return 0;
+}
+
+static int start_with_file(
+	const struct config_source *source, struct config_start *start, struct err *err)
+{
+	return config_source_load(source, &start->config, err);
+}
+
+static int start_with_last(
+	const struct config_source *source, struct config_start *start, struct err *err)
+{
+	int ret = in_force_load(
+		&source->in_force, source->path, &start->config, &start->owner, &start->group, err);
+
+	if (!ret)
+		ret = complete(source, start->config, err);
+	start->inherited = !ret;
+	return ret ? err_wrap(err, "what the last server had in force") : 0;
+}
+
+/* The exports change places: those of the file are for later. */
+static void exchange_exports(struct config *a, struct config *b)
+{
+	struct config was = *a;
+
+	a->exports = b->exports;
+	a->export_count = b->export_count;
+	b->exports = was.exports;
+	b->export_count = was.export_count;
+}
+
+static int start_again(
+	const struct config_source *source, struct config_start *start, struct err *err)
+{
+	struct config_start last = { .owner = (uid_t)-1 };
+	struct err why;
+	int ret = start_with_file(source, start, err);
+	int last_ret = in_force_load(
+		&source->in_force, source->path, &last.config, &last.owner, &last.group, &why);
+
+	if (!ret && !last_ret)
+		last_ret = in_force_check_owner(&source->in_force, start->config->uid, &why);
+	if (ret && !last_ret) {
+		ret = start_with_last(source, start, err); /* and look at the file later */
+	} else if (!ret && last_ret) {
+		log_error("what was in force before the restart cannot be used: %s", why.text);
+		start->unknown = true;
+	} else if (!ret) {
+		exchange_exports(start->config, last.config);
+		start->later = take_ptr(last.config);
+	}
+	config_free(last.config);
+	return ret;
+}
+
+int config_source_start(
+	const struct config_source *source, struct config_start *start, struct err *err)
+{
+	*start = (struct config_start){ .owner = (uid_t)-1 };
+	if (source->in_force.settings < 0)
+		return start_with_file(source, start, err);
+	return source->restarted ? start_again(source, start, err)
+				 : start_with_last(source, start, err);
+}
+
+void config_start_free(struct config_start *start)
+{
+	config_free(start->config);
+	config_free(start->later);
+	*start = (struct config_start){};
 }

@@ -8,6 +8,9 @@
  * the result where it came from. Strings and comments pass as they are; of the grammar nothing else is
  * known here, and what is wrong with it libconfig finds.
  *
+ * A text that a server wrote for the next one says itself where its lines came from, and includes nothing: it may come
+ * from an ordinary user.
+ *
  * Failure modes: a file that cannot be read, is none, is too long or holds a NUL; includes nested too
  * deep (or in a circle); a number beyond 64 bits; a missing quote. All of them name file and line.
  */
@@ -28,7 +31,7 @@
 #define FILE_MAX_BYTES    (1U << 20) /* a thousand exports fit; /dev/zero does not */
 #define INCLUDE_DEPTH_MAX 10         /* as libconfig; also what ends a circle */
 
-static const char include_word[] = "@include";
+static const char include_word[] = "@include", place_word[] = "#@ ";
 
 /* One file being copied. */
 struct reader {
@@ -37,6 +40,7 @@ struct reader {
 	const char *file;
 	unsigned number; /* of the current line */
 	int depth;
+	bool written; /* by a server, for this one */
 	bool in_comment, in_string;
 };
 
@@ -205,22 +209,45 @@ static int copy_included(struct reader *reader, const char *name, struct err *er
 	return copy_file(reader->text, reader->out, file, asker, reader->depth + 1, err);
 }
 
-static int copy_content(struct config_text *text, FILE *out, const char *file, const char *content,
-	int depth, struct err *err)
+/* True when the line is one that tells where the next one came from. */
+static bool take_place(struct reader *reader, const char *line)
 {
-	struct reader reader = { .text = text, .out = out, .file = file, .depth = depth };
+	char *end;
+
+	if (strncmp(line, place_word, strlen(place_word)))
+		return false;
+	unsigned long number = strtoul(line + strlen(place_word), &end, 10);
+	size_t len = *end == ' ' ? strcspn(++end, "\n") : 0;
+	if (strlen(reader->file) != len || memcmp(reader->file, end, len)) {
+		char *file = strndup(end, len);
+		if (!file)
+			abort();
+		reader->file = add_file(reader->text, file);
+	}
+	reader->number = (unsigned)number - 1;
+	return true;
+}
+
+static int copy_content(struct reader reader, const char *content, struct err *err)
+{
 	int ret = 0;
 
 	for (const char *p = content; !ret && *p;) {
+		if (reader.written && take_place(&reader, p)) {
+			p += strcspn(p, "\n");
+			p += *p == '\n';
+			continue;
+		}
 		reader.number++;
-		CLEANUP(free) char *included = reader.in_comment ? NULL : included_name(p);
+		CLEANUP(free)
+		char *included = reader.in_comment || reader.written ? NULL : included_name(p);
 		if (included) {
 			ret = copy_included(&reader, included, err);
 			p += strcspn(p, "\n");
 			p += *p == '\n';
 			continue;
 		}
-		add_line(text, file, reader.number);
+		add_line(reader.text, reader.file, reader.number);
 		while (p && *p && *p != '\n') {
 			if (reader.in_comment || reader.in_string)
 				p = copy_inside(&reader, p);
@@ -231,14 +258,14 @@ static int copy_content(struct config_text *text, FILE *out, const char *file, c
 			return -ERANGE;
 		if (reader.in_string)
 			return err_set(err, EINVAL,
-				"%s:%u: a text in quotes does not end on its line", file,
+				"%s:%u: a text in quotes does not end on its line", reader.file,
 				reader.number);
 		p += *p == '\n';
-		fputc('\n', out);
+		fputc('\n', reader.out);
 	}
 	if (!ret && reader.in_comment)
-		ret = err_set(
-			err, EINVAL, "%s:%u: the file ends inside a comment", file, reader.number);
+		ret = err_set(err, EINVAL, "%s:%u: the file ends inside a comment", reader.file,
+			reader.number);
 	return ret;
 }
 
@@ -247,15 +274,15 @@ static int copy_file(struct config_text *text, FILE *out, const char *file, cons
 	int depth, struct err *err)
 {
 	CLEANUP(free) char *content = NULL;
+	const struct reader reader = { .text = text, .out = out, .file = file, .depth = depth };
 	int ret = slurp(file, &content, err);
 
-	return ret ? err_wrap(err, "%s", asker)
-		   : copy_content(text, out, file, content, depth, err);
+	return ret ? err_wrap(err, "%s", asker) : copy_content(reader, content, err);
 }
 
 /* content: NULL for that of the file. */
-static int read_text(
-	struct config_text *text, const char *path, const char *content, struct err *err)
+static int read_text(struct config_text *text, const char *path, const char *content, bool written,
+	struct err *err)
 {
 	size_t size_bytes;
 
@@ -265,7 +292,8 @@ static int read_text(
 	if (!out || !file)
 		abort();
 	add_file(text, file);
-	int ret = content ? copy_content(text, out, file, content, 0, err)
+	const struct reader reader = { .text = text, .out = out, .file = file, .written = written };
+	int ret = content ? copy_content(reader, content, err)
 			  : copy_file(text, out, file, path, 0, err);
 	fclose(out);
 	if (!text->text)
@@ -275,13 +303,19 @@ static int read_text(
 
 int config_text_read(struct config_text *text, const char *path, struct err *err)
 {
-	return read_text(text, path, NULL, err);
+	return read_text(text, path, NULL, false, err);
 }
 
 int config_text_take(
 	struct config_text *text, const char *name, const char *content, struct err *err)
 {
-	return read_text(text, name, content, err);
+	return read_text(text, name, content, false, err);
+}
+
+int config_text_take_written(
+	struct config_text *text, const char *name, const char *content, struct err *err)
+{
+	return read_text(text, name, content, true, err);
 }
 
 void config_text_fini(struct config_text *text)

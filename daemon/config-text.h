@@ -26,6 +26,12 @@ int config_text_read(struct config_text *text, const char *path, struct err *err
 /* The same from content at hand; name is what places are called by. */
 int config_text_take(
 	struct config_text *text, const char *name, const char *content, struct err *err);
+/*
+ * The same from content that a server wrote for the next one (config-write.c): a line `#@ NUMBER FILE` says where the
+ * one behind it came from, and nothing is included.
+ */
+int config_text_take_written(
+	struct config_text *text, const char *name, const char *content, struct err *err);
 void config_text_fini(struct config_text *text);
 
 /* Where line number `line` (from 1) of the text came from; never NULL. */

@@ -26,6 +26,7 @@
 #include "base/util.h"
 #include "blk/blk.h"
 #include "daemon/config-text.h"
+#include "daemon/config-write.h"
 #include "daemon/config_private.h"
 #include "daemon/listen.h"
 
@@ -527,7 +528,7 @@ static int take_export(struct config *config, struct conf *conf, struct err *err
 		ret = check_name(export, err);
 	if (!ret)
 		ret = check_device(export, err);
-	if (!ret)
+	if (!ret && !config->written)
 		ret = check_twins(config->exports, config->export_count - 1, export, err);
 	if (!ret)
 		ret = stack_check(export->stack, err);
@@ -539,11 +540,11 @@ static int take_exports(struct config *config, struct conf *exports, struct err 
 	struct conf *item;
 	int ret = 0;
 
-	if (!exports->item_count)
+	if (!exports->item_count && !config->written)
 		return conf_error(exports, err, "exports is empty: there is nothing to serve");
 	if (exports->item_count > EXPORTS_MAX)
 		return conf_error(exports, err, "more than %d exports", EXPORTS_MAX);
-	config->exports = calloc(exports->item_count, sizeof(*config->exports));
+	config->exports = calloc(exports->item_count + 1, sizeof(*config->exports));
 	if (!config->exports)
 		abort();
 	while (!ret && (item = conf_take_first(exports)))
@@ -563,34 +564,73 @@ int config_check_together(
 
 /* --- the whole -------------------------------------------------------------------------------- */
 
-static int load(struct config *config, struct err *err)
+/* The names, which are no setting: taken out of the tree. NULL: there are none. */
+static struct conf *take_by_hand(struct conf *root)
+{
+	for (size_t i = 0; i < root->item_count; i++) {
+		struct conf *item = root->items[i];
+
+		if (!conf_name_equal(item->name, CONFIG_BY_HAND))
+			continue;
+		root->items[i] = root->items[--root->item_count];
+		return item;
+	}
+	return NULL;
+}
+
+static void mark_by_hand(struct config *config, const struct conf *names)
+{
+	for (size_t i = 0; names && i < names->item_count; i++)
+		for (size_t j = 0; j < config->export_count; j++)
+			if (names->items[i]->type == CONF_STRING &&
+				!strcmp(names->items[i]->string, config->exports[j]->name))
+				config->exports[j]->by_hand = true;
+}
+
+static int check_all(const struct config *config, struct err *err)
+{
+	int ret = config->written ? 0 : config_check_listen(config, err);
+
+	return ret || config->written
+		       ? ret
+		       : config_check_files(config->exports, config->export_count, err);
+}
+
+/* content: what is written, or NULL for the file. */
+static int load(struct config *config, const char *content, struct err *err)
 {
 	struct config_text text;
 	struct settings settings;
-	int ret = config_text_read(&text, config->path, err);
+	struct conf *by_hand = NULL;
+	int ret = content ? config_text_take_written(&text, config->path, content, err)
+			  : config_text_read(&text, config->path, err);
 
+	config->written = content;
 	if (!ret)
 		ret = parse(&text, &config->root, err);
 	config_text_fini(&text);
+	if (!ret && content)
+		by_hand = take_by_hand(config->root);
 	if (!ret)
 		ret = opts_parse(settings_options, config->root, &settings, err);
 	if (!ret)
 		ret = take_settings(config, &settings, err);
 	if (!ret)
 		ret = take_exports(config, (struct conf *)settings.exports, err);
+	mark_by_hand(config, by_hand);
+	conf_free(by_hand);
 	if (!ret)
 		config->keeper = conf_get(config->root, "keeper") ? settings.keeper
 								  : config_has_device(config);
 	if (!ret)
 		ret = take_user(config, &settings, err);
 	if (!ret)
-		ret = config_check_listen(config, err);
-	if (!ret)
-		ret = config_check_files(config->exports, config->export_count, err);
+		ret = check_all(config, err);
 	if (!ret && settings.reactors)
 		config->reactor_count = (unsigned)settings.reactors;
 	else
-		config->reactor_count = (unsigned)MIN(cpu_count(), config->export_count);
+		config->reactor_count = (unsigned)MAX(
+			MIN(cpu_count(), config->export_count), (size_t)1);
 	return ret;
 }
 
@@ -699,19 +739,43 @@ int config_parse_export(
 	return ret;
 }
 
-int config_load(const char *path, struct config **loaded, struct err *err)
+static int load_new(const char *path, const char *content, struct config **loaded, struct err *err)
 {
 	struct config *config = calloc(1, sizeof(*config));
 
 	if (!config || !(config->path = strdup(path)))
 		abort();
-	int ret = load(config, err);
+	int ret = load(config, content, err);
 	if (ret) {
 		config_free(config);
 		config = NULL;
 	}
 	*loaded = config;
 	return ret;
+}
+
+int config_load(const char *path, struct config **loaded, struct err *err)
+{
+	return load_new(path, NULL, loaded, err);
+}
+
+int config_load_written(
+	const char *path, const char *content, struct config **loaded, struct err *err)
+{
+	return load_new(path, content, loaded, err);
+}
+
+void config_drop_export(struct config *config, const char *name)
+{
+	for (size_t i = 0; i < config->export_count; i++) {
+		if (strcmp(config->exports[i]->name, name))
+			continue;
+		config_export_put(config->exports[i]);
+		config->export_count--;
+		memmove(config->exports + i, config->exports + i + 1,
+			(config->export_count - i) * sizeof(struct config_export *));
+		return;
+	}
 }
 
 void config_free(struct config *config)

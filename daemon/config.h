@@ -52,6 +52,7 @@ struct config_export {
 	bool tls_required;          /* whatever the listeners demand */
 	struct access_rules access; /* which NBD clients it is there for */
 	int64_t max_connections;    /* NBD clients of this export */
+	bool by_hand;               /* from another server, which had it by the control socket */
 	const struct conf *stack;   /* CONF_LIST, top first, checked by stack_check() */
 	struct conf *conf;          /* the export's group, owned */
 };
@@ -70,6 +71,7 @@ struct config_limits {
 
 struct config {
 	char *path;
+	bool written; /* what another server had in force; exports need not go together with all that is said of them */
 	struct conf *root; /* owned; everything below points into it, but the exports */
 
 	/* control */
@@ -110,6 +112,16 @@ extern const struct opt *const config_export_options;
 /* Reads and checks the whole file; creates and changes nothing. The error is one line, place included. */
 int config_load(const char *path, struct config **config, struct err *err);
 void config_free(struct config *config); /* NULL is fine */
+
+/*
+ * The same from what a server wrote (config-write.h). Only what stands alone is checked, for what ran together may:
+ * an export can have come by hand, and another one, that is still named somewhere, be gone.
+ */
+int config_load_written(
+	const char *path, const char *content, struct config **config, struct err *err);
+
+/* One export less, if it is there. */
+void config_drop_export(struct config *config, const char *name);
 
 /*
  * Content of a config file that came another way (from the control socket): its settings, unchecked, as a group

@@ -33,15 +33,16 @@ suspends void control_info(struct varlink_call *call)
 	list_for_each (item, &daemon->exports)
 		export_count++;
 	varlink_reply(call,
-		json_pack("{s:s, s:i, s:i, s:b, s:i, s:s, s:I, s:s, s:s, s:i, s:i, s:b}", "version",
-			BLKSTACK_VERSION, "pid", (int)(keeper ? getppid() : getpid()), "server_pid",
-			(int)getpid(), "keeper", keeper != NULL, "restarts",
+		json_pack("{s:s, s:i, s:i, s:b, s:i, s:s, s:I, s:s, s:s, s:i, s:i, s:b, s:s?}",
+			"version", BLKSTACK_VERSION, "pid", (int)(keeper ? getppid() : getpid()),
+			"server_pid", (int)getpid(), "keeper", keeper != NULL, "restarts",
 			keeper ? (int)keeper->restarts : 0, "last_end",
 			keeper ? keeper->last_end : "", "start_time",
 			(json_int_t)daemon->start_time, "config", daemon->config->path, "engine",
 			reactor_engine_name(daemon->reactors[0]), "reactors",
 			(int)daemon->reactor_count, "exports", export_count, "stopping",
-			daemon->stopping));
+			daemon->stopping, "config_note",
+			*daemon->config_note ? daemon->config_note : NULL));
 }
 
 /* --- exports in short ------------------------------------------------------------------------- */

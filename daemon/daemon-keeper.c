@@ -5,6 +5,9 @@
  * while no server runs. Those that a predecessor bound came back as if from a service manager; what the config
  * does not name any more is closed, and its file removed.
  *
+ * The configuration in force: given to the keeper, so that the next server does not go by a file that nobody has
+ * reloaded. If what a server before a restart had in force cannot be read, the devices wait until a reload.
+ *
  * Kernel devices: each waits in daemon->kept_doors until the export of its name is open, and goes on there
  * (export_start()). An export that does not open now may later (a file system that is not mounted, a machine that
  * does not answer): its device waits meanwhile, and so does whoever uses it.
@@ -19,6 +22,7 @@
 
 #include <systemd/sd-daemon.h>
 
+#include "base/cleanup.h"
 #include "base/log.h"
 #include "base/util.h"
 #include "daemon/control.h"
@@ -34,29 +38,35 @@
 
 /* --- listening sockets ------------------------------------------------------------------------ */
 
-static suspends void keep(struct daemon *daemon, struct listener *listener)
+static void add_bound(const struct listener *listener, int *fds, unsigned *count)
 {
-	struct keeper_message message = {};
-	struct err err;
-
 	if (!listener || listener->fd < 0 || listener->passed)
 		return;
-	if (keeper_call(daemon->keeper, KEEPER_KEEP, &message, listener->fd, NULL, &err))
-		log_warning("%s: the keeper does not keep it: clients will be refused while the "
-			    "server restarts: %s",
-			listener->text, err.text);
+	if (*count < KEEPER_LISTENERS_MAX)
+		fds[(*count)++] = listener->fd;
+	else
+		log_warning("%s: the keeper keeps %d sockets only: clients of this one will be "
+			    "refused while the server restarts",
+			listener->text, KEEPER_LISTENERS_MAX);
 }
 
 suspends void daemon_keep_listeners(struct daemon *daemon)
 {
 	struct keeper_message message = {};
-	struct listener *listener;
+	const struct listener *listener;
+	int fds[KEEPER_LISTENERS_MAX];
+	unsigned count = 0;
+	struct err err;
 
-	if (!daemon->keeper || keeper_call(daemon->keeper, KEEPER_FORGET, &message, -1, NULL, NULL))
+	if (!daemon->keeper)
 		return;
-	keep(daemon, control_listener(daemon->control));
+	add_bound(control_listener(daemon->control), fds, &count);
 	for (size_t i = 0; (listener = nbd_door_listener(daemon->nbd_door, i)); i++)
-		keep(daemon, listener);
+		add_bound(listener, fds, &count);
+	if (keeper_call_with(daemon->keeper, KEEPER_KEEP, &message, fds, count, NULL, &err))
+		log_warning("the keeper does not keep the sockets: clients will be refused while "
+			    "the server restarts: %s",
+			err.text);
 }
 
 static bool is_in_use(struct daemon *daemon, int fd)
@@ -100,6 +110,72 @@ static void drop_left_overs(struct daemon *daemon)
 		free(names[i]);
 	}
 	free(names);
+}
+
+/* --- the configuration in force ---------------------------------------------------------------- */
+
+/* Those of the config that run, as they run, and those that do not yet; then those that are in no config. */
+static struct config_written_export *list_exports(
+	struct daemon *daemon, const struct config *config, size_t *count)
+{
+	size_t most = config->export_count;
+	struct config_written_export *list;
+
+	list_for_each (link, &daemon->exports)
+		most++;
+	list = calloc(most + 1, sizeof(*list));
+	if (!list)
+		abort();
+	*count = 0;
+	for (size_t i = 0; i < config->export_count; i++) {
+		const struct config_export *configured = config->exports[i];
+		const struct export *export = export_find(daemon, configured->name);
+
+		if (!export)
+			list[(*count)++] = (struct config_written_export){ configured,
+				configured->by_hand };
+	}
+	list_for_each (link, &daemon->exports) {
+		const struct export *export = list_entry(link, struct export, link);
+
+		list[(*count)++] = (struct config_written_export){ export->config,
+			export->by_hand };
+	}
+	return list;
+}
+
+suspends int daemon_leave_config(
+	struct daemon *daemon, const struct config *config, int settings, struct err *err)
+{
+	struct keeper_message message = {};
+	size_t count;
+
+	if (!daemon->keeper || daemon->unknown)
+		return 0;
+	struct config_written_export *list = list_exports(daemon, config, &count);
+	CLEANUP(fd) int exports = in_force_exports(list, count, err);
+	const int fds[] = { settings >= 0 ? settings : daemon->settings, exports };
+	free(list);
+	if (exports < 0)
+		return exports;
+	int ret = keeper_call_with(
+		daemon->keeper, KEEPER_CONFIG, &message, fds, ARRAY_LEN(fds), NULL, err);
+	return ret ? err_wrap(err, "what is in force is not kept for the next server") : 0;
+}
+
+bool daemon_must_wait(struct daemon *daemon, const char *export)
+{
+	if (!daemon->unknown)
+		return false;
+	list_for_each (link, &daemon->kept_doors) {
+		if (strcmp(kernel_kept_export(link), export) != 0)
+			continue;
+		log_error("export \"%s\": %s waits: it is not known what it was served from "
+			  "before the restart; if the config file names the right disk, reload it",
+			export, kernel_device(kernel_kept_door(link)));
+		return true;
+	}
+	return false;
 }
 
 /* --- notes ------------------------------------------------------------------------------------ */
@@ -194,12 +270,7 @@ suspends int daemon_hand_over(struct daemon *daemon, bool force, struct err *err
 	int ret = daemon_begin_change(daemon, err);
 	if (ret)
 		return ret;
-	/* Neither the new program nor, if that fails, this one could start with a file that is wrong. */
-	ret = reload_check(daemon, err);
-	if (ret)
-		err_wrap(err, "upgrade: nothing was changed");
-	else
-		ret = keeper_call(daemon->keeper, KEEPER_UPGRADE, &message, -1, NULL, err);
+	ret = keeper_call(daemon->keeper, KEEPER_UPGRADE, &message, -1, NULL, err);
 	if (!ret) {
 		daemon->parking = true;
 		daemon_stop(daemon);

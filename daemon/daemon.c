@@ -163,6 +163,8 @@ static suspends int start_exports(struct daemon *daemon, struct err *err)
 
 	for (size_t i = 0; i < config->export_count && !ret && !daemon->stopping; i++) {
 		struct export *export;
+		if (daemon_must_wait(daemon, config->exports[i]->name))
+			continue;
 		keeper_tell(daemon->keeper, KEEPER_STATUS, "Opening export \"%s\", %zu of %zu",
 			config->exports[i]->name, i + 1, config->export_count);
 		ret = export_start(daemon, config->exports[i], &export, err);
@@ -242,8 +244,9 @@ void daemon_tell_status(const struct daemon *daemon)
 	append_count(text, sizeof(text), waiting, "kernel device WAITS for its disk",
 		"kernel devices WAIT for their disks");
 	append_count(text, sizeof(text), stuck, "disk STUCK", "disks STUCK");
-	keeper_tell(daemon->keeper, KEEPER_STATUS, "Serving %u export%s%s", exports,
-		exports == 1 ? "" : "s", text);
+	keeper_tell(daemon->keeper, KEEPER_STATUS, "Serving %u export%s%s%s", exports,
+		exports == 1 ? "" : "s", text,
+		*daemon->config_note ? ", the config file is NOT IN FORCE" : "");
 }
 
 static void tell_status(struct task *task)
@@ -270,10 +273,14 @@ static suspends int start(struct daemon *daemon, struct err *err)
 		ret = daemon_meet_keeper(daemon, err);
 	if (!ret)
 		ret = watchdog_start(daemon, &daemon->watchdog, err);
+	if (!ret && !daemon->inherited && !daemon->unknown)
+		ret = daemon_leave_config(daemon, daemon->config, -1, err);
 	if (!ret)
 		ret = start_exports(daemon, err);
 	if (!ret)
 		ret = attach_devices(daemon, err);
+	if (!ret && daemon->later)
+		reload_exports_of_file(daemon);
 	if (daemon->stopping)
 		return ret; /* a signal came before anybody was let in */
 	if (!ret)
@@ -289,6 +296,8 @@ static suspends int start(struct daemon *daemon, struct err *err)
 	daemon->ready = true;
 	daemon_tell_status(daemon);
 	keeper_tell(daemon->keeper, KEEPER_READY, "%s", "");
+	if (daemon->inherited)
+		reload_look_at_file(daemon);
 	return 0;
 }
 
@@ -410,11 +419,39 @@ static void log_notice(const struct blk *blk, const char *text)
 	log_warning("%s: %s: %s", blk->conf->where, blk->ops->name, text);
 }
 
-int daemon_run(
-	const struct config_source *source, struct config *config, int keeper_sock, struct err *err)
+/*
+ * Sockets are bound, and keys read, with the rights of who said so, the exports opened with those of the user that the settings
+ * name.
+ */
+static int bind_and_drop(struct daemon *daemon, const struct config_start *start, struct err *err)
+{
+	const struct config *config = daemon->config;
+	bool by_user = start->owner != (uid_t)-1;
+	int ret = by_user ? privileges_drop(start->owner, start->group, err) : 0;
+
+	if (!ret && daemon->keeper && start->inherited)
+		daemon->settings = daemon->source->in_force.settings;
+	else if (!ret && daemon->keeper)
+		ret = daemon->settings = in_force_settings(config, err);
+	if (ret >= 0)
+		ret = bind_sockets(daemon, err);
+	if (!ret && !by_user && config->uid != (uid_t)-1)
+		ret = privileges_drop(config->uid, config->gid, err);
+	return ret;
+}
+
+int daemon_run(const struct config_source *source, struct config_start *start, int keeper_sock,
+	struct err *err)
 {
 	struct daemon daemon = {
-		.source = source, .config = config, .start_time = time(NULL), .signals.fd = -1
+		.source = source,
+		.config = start->config,
+		.later = start->later,
+		.inherited = start->inherited,
+		.unknown = start->unknown,
+		.settings = -1,
+		.start_time = time(NULL),
+		.signals.fd = -1,
 	};
 	struct run run = { .daemon = &daemon, .err = err };
 
@@ -430,15 +467,13 @@ int daemon_run(
 	task_init(&daemon.status_task, tell_status);
 	daemon_apply_config(&daemon);
 	if (blk_env_init(&daemon.env)) {
-		config_free(config);
+		config_start_free(start);
 		return err_sys(err, ENOMEM, "cannot start");
 	}
 	daemon.env.notice = log_notice;
 	run.ret = block_signals(&daemon, err);
 	if (!run.ret)
-		run.ret = bind_sockets(&daemon, err);
-	if (!run.ret && config->uid != (uid_t)-1)
-		run.ret = privileges_drop(config->uid, config->gid, err);
+		run.ret = bind_and_drop(&daemon, start, err);
 	if (!run.ret)
 		run.ret = start_reactors(&daemon, err);
 	if (!run.ret)
@@ -448,6 +483,9 @@ int daemon_run(
 	end_reactors(&daemon);
 	blk_env_fini(&daemon.env);
 	config_free(daemon.config);
+	config_free(daemon.later);
+	if (daemon.settings >= 0)
+		close(daemon.settings);
 	if (daemon.signals.fd >= 0)
 		close(daemon.signals.fd);
 	if (!run.ret)

@@ -22,10 +22,9 @@
 #include "rt/lock.h"
 #include "rt/reactor.h"
 
-#include "daemon/config.h"
+#include "daemon/config-source.h"
 #include "daemon/keeper-link.h"
 
-struct config_source;
 struct kernel_door;
 struct nbd_door;
 struct control;
@@ -35,7 +34,12 @@ struct watchdog;
 
 struct daemon {
 	const struct config_source *source;
-	struct config *config; /* owned; a reload puts another in its place */
+	struct config *config;   /* owned; a reload puts another in its place */
+	struct config *later;    /* at a start: whose exports are to be applied, or NULL */
+	bool inherited, unknown; /* as in config_start, until a reload */
+	int settings; /* with a keeper: the settings in force, as the next server gets them; -1 */
+	char config_note
+		[KEEPER_TEXT_LEN]; /* in what the config file differs from what is in force; "": not known to */
 	struct co_mutex
 		change; /* held by whoever adds or removes exports: start, reload, stop ... */
 	struct blk_env env;
@@ -71,10 +75,10 @@ struct daemon {
 /*
  * Opens the sockets and the exports, serves until asked to stop by a signal or daemon_stop(), and takes
  * everything down again. An error is one of starting: it leaves nothing behind. Plain code; one daemon per
- * process, since it takes the signals. Takes config over, which is what source gave; reloads
+ * process, since it takes the signals. Takes over what is in start, which is what source gave; reloads
  * ask it again. keeper_sock: the socket to the keeper, -1 without one.
  */
-int daemon_run(const struct config_source *source, struct config *config, int keeper_sock,
+int daemon_run(const struct config_source *source, struct config_start *start, int keeper_sock,
 	struct err *err);
 
 /* For whoever adds or removes exports: one at a time, and none once the daemon stops (-ESHUTDOWN). */
@@ -110,6 +114,14 @@ suspends bool daemon_wants_detached(struct daemon *daemon, const char *export);
 /* Tries again and again to start an export that did not, for the reason in err. */
 void daemon_start_later(
 	struct daemon *daemon, const struct config_export *config, const struct err *err);
+/*
+ * What is in force, for the next server: as long as a device is held, the stack there is the one that it has. config: what
+ * is said of exports that do not run; settings: of it, or -1: as before.
+ */
+suspends int daemon_leave_config(
+	struct daemon *daemon, const struct config *config, int settings, struct err *err);
+/* Whether the export has a device that waits, and nobody knows what it was served from. */
+bool daemon_must_wait(struct daemon *daemon, const char *export);
 /* Gives up the devices of exports that the config does not have. */
 suspends void daemon_drop_strangers(struct daemon *daemon);
 /* Whether a device is for the next server, or the next start. */

@@ -574,6 +574,7 @@ suspends int export_start(struct daemon *daemon, struct config_export *config,
 	export->daemon = daemon;
 	export->config = config_export_get(config);
 	export->opened = config_export_get(config);
+	export->by_hand = config->by_hand;
 	export->home = least_used_reactor(daemon);
 	co_mutex_init(&export->change);
 	co_group_init(&export->users);

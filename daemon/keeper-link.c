@@ -97,8 +97,9 @@ static void readable(struct watch *watch, uint32_t epoll_events)
 	_exit(EXIT_FAILURE);
 }
 
-suspends int keeper_call(struct keeper_link *link, enum keeper_word word,
-	struct keeper_message *message, int fd, struct keeper_fds *fds, struct err *err)
+suspends int keeper_call_with(struct keeper_link *link, enum keeper_word word,
+	struct keeper_message *message, const int *sent, unsigned sent_count,
+	struct keeper_fds *fds, struct err *err)
 {
 	struct call call = {
 		.id = ++link->last_id, .message = message, .fds = fds, .co = co_self()
@@ -107,12 +108,18 @@ suspends int keeper_call(struct keeper_link *link, enum keeper_word word,
 	message->word = word;
 	message->version = KEEPER_VERSION;
 	message->id = call.id;
-	int ret = keeper_send(link->sock, message, &fd, fd >= 0);
+	int ret = keeper_send(link->sock, message, sent, sent_count);
 	if (ret)
 		return err_sys(err, -ret, "the keeper does not take requests");
 	list_push_back(&link->calls, &call.link);
 	co_suspend();
 	return message->ret ? err_set(err, -message->ret, "%s", message->text) : 0;
+}
+
+suspends int keeper_call(struct keeper_link *link, enum keeper_word word,
+	struct keeper_message *message, int fd, struct keeper_fds *fds, struct err *err)
+{
+	return keeper_call_with(link, word, message, &fd, fd >= 0, fds, err);
 }
 
 suspends int keeper_link_start(struct keeper_link *link, int sock, struct err *err)

@@ -52,6 +52,11 @@ void keeper_link_end(struct keeper_link *link); /* NULL is fine; the keeper hear
 suspends int keeper_call(struct keeper_link *link, enum keeper_word word,
 	struct keeper_message *message, int fd, struct keeper_fds *fds, struct err *err);
 
+/* The same with several descriptors, which stay the caller's. */
+suspends int keeper_call_with(struct keeper_link *link, enum keeper_word word,
+	struct keeper_message *message, const int *sent, unsigned sent_count,
+	struct keeper_fds *fds, struct err *err);
+
 /*
  * READY, STATUS, RELOADING, STOPPING, PARKED, ALIVE, with what the service does now, for people ("": as before).
  * A NULL link: to the service manager.

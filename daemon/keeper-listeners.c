@@ -35,17 +35,60 @@ int listeners_add(struct listeners *listeners, int fd, const char *name)
 	return 0;
 }
 
-/* A client may have put into one of them what takes its time to close. */
-void listeners_forget(struct listeners *listeners, struct keeper_fds *fds)
+static bool is_kept(const struct kept_listener *listener)
+{
+	return !strcmp(listener->name, LISTEN_KEPT);
+}
+
+/* Takes those out that came by KEEP. */
+static void take_kept(struct listeners *listeners, struct keeper_fds *fds)
 {
 	unsigned left = 0;
 
+	fds->count = 0;
 	for (unsigned i = 0; i < listeners->count; i++) {
-		if (strcmp(listeners->items[i].name, LISTEN_KEPT))
-			listeners->items[left++] = listeners->items[i];
-		else
+		if (is_kept(&listeners->items[i]))
 			fds->fd[fds->count++] = listeners->items[i].fd;
+		else
+			listeners->items[left++] = listeners->items[i];
 	}
 	listeners->count = left;
+}
+
+static int replace(struct listeners *listeners, struct keeper_fds *fds)
+{
+	const struct keeper_fds next = *fds;
+
+	if (listeners->count - listeners_kept_count(listeners) + next.count > KEEPER_LISTENERS_MAX)
+		return -ENOSPC;
+	for (unsigned i = 0; i < next.count; i++)
+		if (!listens(next.fd[i]))
+			return -EINVAL;
+	take_kept(listeners, fds);
 	store_forget_listeners();
+	for (unsigned i = 0; i < next.count; i++) {
+		listeners_add(listeners, next.fd[i], LISTEN_KEPT);
+		store_put_listener(next.fd[i]);
+	}
+	return 0;
+}
+
+void listeners_keep(
+	struct keeper *keeper, const struct keeper_message *request, struct keeper_fds *fds)
+{
+	const struct keeper_message answer = {
+		.id = request->id,
+		.ret = replace(&keeper->listeners, fds),
+	};
+
+	keeper_say(keeper, KEEPER_ANSWER, &answer, NULL, 0);
+}
+
+unsigned listeners_kept_count(const struct listeners *listeners)
+{
+	unsigned count = 0;
+
+	for (unsigned i = 0; i < listeners->count; i++)
+		count += is_kept(&listeners->items[i]);
+	return count;
 }

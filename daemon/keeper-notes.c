@@ -25,7 +25,7 @@ static struct note *find(struct notes *notes, const char *export)
 	return free_one;
 }
 
-int notes_write(struct notes *notes, const struct keeper_message *request)
+static int write_note(struct notes *notes, const struct keeper_message *request)
 {
 	struct note *note = find(notes, request->export);
 
@@ -42,17 +42,29 @@ int notes_write(struct notes *notes, const struct keeper_message *request)
 	return 0;
 }
 
-int notes_read(const struct notes *notes, uint32_t slot, struct keeper_message *answer)
+void notes_write(struct keeper *keeper, const struct keeper_message *request)
 {
-	for (; slot < KEEPER_NOTES_MAX; slot++) {
-		const struct note *note = &notes->items[slot];
+	const struct keeper_message answer = {
+		.id = request->id,
+		.ret = write_note(&keeper->notes, request),
+	};
+
+	keeper_say(keeper, KEEPER_ANSWER, &answer, NULL, 0);
+}
+
+void notes_read(struct keeper *keeper, const struct keeper_message *request)
+{
+	struct keeper_message answer = { .id = request->id, .ret = -ENOENT };
+
+	for (uint32_t slot = request->slot; slot < KEEPER_NOTES_MAX && answer.ret; slot++) {
+		const struct note *note = &keeper->notes.items[slot];
 
 		if (!note->export[0])
 			continue;
-		answer->slot = slot;
-		snprintf(answer->export, sizeof(answer->export), "%s", note->export);
-		snprintf(answer->text, sizeof(answer->text), "%s", note->text);
-		return 0;
+		answer.ret = 0;
+		answer.slot = slot;
+		snprintf(answer.export, sizeof(answer.export), "%s", note->export);
+		snprintf(answer.text, sizeof(answer.text), "%s", note->text);
 	}
-	return -ENOENT;
+	keeper_say(keeper, KEEPER_ANSWER, &answer, NULL, 0);
 }

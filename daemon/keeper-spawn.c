@@ -3,7 +3,7 @@
  *
  * The keeper has threads, so between fork and exec there are system calls only: environment and arguments were
  * made before. The listening sockets arrive as a service manager passes them, from descriptor 3 on, and the
- * socket to the keeper behind them. All that the keeper has besides is close-on-exec. The server
+ * socket to the keeper behind them, with the configuration in force. All that the keeper has besides is close-on-exec. The server
  * dies with the keeper's main thread (PR_SET_PDEATHSIG), and sees the end of the socket as well.
  */
 #include <errno.h>
@@ -24,6 +24,7 @@
 
 extern char **environ;
 
+#define FDS_MAX   (KEEPER_LISTENERS_MAX + 3)
 #define NAMES_LEN (KEEPER_LISTENERS_MAX * (sizeof(((struct kept_listener *)0)->name) + 1))
 
 /* What the server must not take for its own. */
@@ -73,7 +74,7 @@ static int make_environment(struct environment *env, const struct listeners *lis
 /* In the new process. First out of the way, then into place. */
 static void place_fds(const int *fds, unsigned count, int first)
 {
-	int moved[KEEPER_LISTENERS_MAX + 1];
+	int moved[FDS_MAX];
 
 	for (unsigned i = 0; i < count; i++) {
 		moved[i] = fcntl(fds[i], F_DUPFD_CLOEXEC, first + (int)count);
@@ -105,27 +106,36 @@ pid_t keeper_spawn(const struct keeper_spawn *spawn)
 {
 	const struct listeners *listeners = spawn->listeners;
 	struct environment env = {};
-	int fds[KEEPER_LISTENERS_MAX + 1];
-	char option[32];
+	const struct kept_config *config = spawn->config;
+	unsigned fd_count = listeners->count;
+	int fds[FDS_MAX];
+	char option[32], config_option[32];
 	size_t argc = 0;
 
 	while (spawn->argv[argc])
 		argc++;
-	CLEANUP(free) const char **argv = calloc(argc + 2, sizeof(*argv));
+	CLEANUP(free) const char **argv = calloc(argc + 3, sizeof(*argv));
 	int ret = argv ? make_environment(&env, listeners) : -ENOMEM;
 	CLEANUP(free) char **vars = env.vars;
 	if (ret)
 		return ret;
 	memcpy(argv, spawn->argv, argc * sizeof(*argv));
-	snprintf(
-		option, sizeof(option), "--server=%d", SD_LISTEN_FDS_START + (int)listeners->count);
-	argv[argc] = option;
 	for (unsigned i = 0; i < listeners->count; i++)
 		fds[i] = listeners->items[i].fd;
-	fds[listeners->count] = spawn->sock;
+	snprintf(option, sizeof(option), "--server=%d", SD_LISTEN_FDS_START + (int)fd_count);
+	argv[argc++] = option;
+	fds[fd_count++] = spawn->sock;
+	if (kept_config_is_known(config)) {
+		snprintf(config_option, sizeof(config_option), "--%s=%d",
+			config->from_before ? "before" : "in-force",
+			SD_LISTEN_FDS_START + (int)fd_count);
+		argv[argc] = config_option;
+		fds[fd_count++] = config->fds[0];
+		fds[fd_count++] = config->fds[1];
+	}
 
 	pid_t keeper = getpid(), pid = fork();
 	if (!pid)
-		become_server(spawn, (char *const *)argv, vars, fds, listeners->count + 1, keeper);
+		become_server(spawn, (char *const *)argv, vars, fds, fd_count, keeper);
 	return pid < 0 ? -errno : pid;
 }

@@ -9,6 +9,9 @@
  *	nbd0-server0	the server's end of its first connection
  *	nbd0-driver0	a descriptor of the driver's end
  *
+ *	config-settings-6		the configuration that the server had in force (keeper-config.c),
+ *	config-exports-7-with-6		its seventh
+ *
  * Only what a device by netlink consists of goes there: one by ioctl dies with the keeper. Listening sockets that the
  * server has bound are there too, by the name that it knows them by anyhow.
  *
@@ -162,18 +165,58 @@ bool store_has_all(const struct keeper *keeper)
 
 unsigned store_count(const struct keeper *keeper)
 {
-	const struct listeners *listeners = &keeper->listeners;
-	unsigned count = 0;
+	unsigned count = listeners_kept_count(&keeper->listeners);
 
-	for (unsigned i = 0; i < listeners->count; i++)
-		count += !strcmp(listeners->items[i].name, LISTEN_KEPT);
 	for (size_t i = 0; i < KEEPER_DEVICES_MAX; i++) {
 		const struct held *held = keeper->devices.slots[i];
 
 		if (held && held->stored >= 0 && !held->ended)
 			count += 1 + (held->journal >= 0) + 2 * held->ends.count;
 	}
-	return count;
+	return count ? count + 2 * kept_config_is_known(&keeper->config) : 0;
+}
+
+#define CONFIG   "config-"
+#define SETTINGS CONFIG "settings-%lu"
+#define EXPORTS  CONFIG "exports-%lu-with-%lu"
+
+void store_put_settings(const struct kept_config *config)
+{
+	char name[64];
+
+	snprintf(name, sizeof(name), SETTINGS, config->settings);
+	put(config->fds[0], name);
+}
+
+void store_put_exports(const struct kept_config *config)
+{
+	char name[64];
+
+	snprintf(name, sizeof(name), EXPORTS, config->exports, config->settings);
+	put(config->fds[1], name);
+}
+
+void store_forget_settings(const struct kept_config *config)
+{
+	if (config->settings)
+		sd_notifyf(0, "FDSTOREREMOVE=1\nFDNAME=" SETTINGS, config->settings);
+}
+
+void store_forget_exports(const struct kept_config *config)
+{
+	if (config->exports)
+		sd_notifyf(
+			0, "FDSTOREREMOVE=1\nFDNAME=" EXPORTS, config->exports, config->settings);
+}
+
+bool store_is_settings(const char *name, unsigned long *settings)
+{
+	return sscanf(name, SETTINGS, settings) == 1;
+}
+
+bool store_is_exports(const char *name, unsigned long *exports, unsigned long *settings)
+{
+	return sscanf(name, EXPORTS, exports, settings) == 2;
 }
 
 void store_put_listener(int fd)
@@ -355,14 +398,16 @@ static void found_free(struct found *found)
 	free(found);
 }
 
-static void take_over(struct keeper *keeper, struct found *found)
+/* Whether it is of this version, if perhaps not whole. */
+static bool take_over(struct keeper *keeper, struct found *found)
 {
 	struct kernel_ends ends = { 0 };
 	struct facts facts;
 	struct err err = { 0 };
+	bool known = read_facts(found, &facts);
 	int ret = -EINVAL;
 
-	if (!read_facts(found, &facts))
+	if (!known)
 		err_set(&err, EINVAL, "another version left it, or it is not whole");
 	else if (facts.has_journal && found->journal < 0)
 		err_set(&err, ENOTCONN, "its journal is not there");
@@ -377,6 +422,16 @@ static void take_over(struct keeper *keeper, struct found *found)
 	} else {
 		found->journal = found->facts = -1;
 	}
+	return known;
+}
+
+/* Not the one that counts: it was replaced, or is to replace it and not whole. */
+static void drop_config(const struct kept_config *config, int fd, const char *name)
+{
+	if (fd == config->fds[0] || fd == config->fds[1])
+		return;
+	take_out(name);
+	close(fd);
 }
 
 void store_take_over(struct keeper *keeper)
@@ -384,18 +439,25 @@ void store_take_over(struct keeper *keeper)
 	struct found *all = NULL, *found;
 	char **names = NULL;
 	int count = sd_listen_fds_with_names(1, &names);
+	bool known = false;
 
+	kept_config_find(&keeper->config, SD_LISTEN_FDS_START, names, count);
 	for (int i = 0; i < count; i++) {
 		int fd = SD_LISTEN_FDS_START + i;
 
-		if (!sort_in(&all, fd, names[i]) && listeners_add(&keeper->listeners, fd, names[i]))
+		if (!strncmp(names[i], CONFIG, strlen(CONFIG)))
+			drop_config(&keeper->config, fd, names[i]);
+		else if (!sort_in(&all, fd, names[i]) &&
+			 listeners_add(&keeper->listeners, fd, names[i]))
 			close(fd);
 		free(names[i]);
 	}
 	free(names);
 	while ((found = all)) {
 		all = found->next;
-		take_over(keeper, found);
+		known = take_over(keeper, found) || known;
 		found_free(found);
 	}
+	if (!known)
+		kept_config_drop(&keeper->config);
 }

@@ -11,20 +11,26 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#define KEEPER_VERSION 3 /* keeper and server must agree, also across an upgrade of the server */
+#define KEEPER_VERSION 4 /* keeper and server must agree, also across an upgrade of the server */
 
 #define KEEPER_DEVICES_MAX     256
 #define KEEPER_LISTENERS_MAX   64
 #define KEEPER_NOTES_MAX       256
-#define KEEPER_CONNECTIONS_MAX 16                               /* per device */
-#define KEEPER_FDS_MAX         (2 * KEEPER_CONNECTIONS_MAX + 1) /* with one message */
+#define KEEPER_CONNECTIONS_MAX 16 /* per device */
+#define KEEPER_FDS_MAX         64 /* with one message */
 
 #define KEEPER_JOURNAL_MAX_BYTES (INT64_C(2) << 30)
+#define KEEPER_CONFIG_MAX_BYTES \
+	(INT64_C(16) << 20) /* of each half; longer than any file with all it includes */
 
 #define KEEPER_EXPORT_LEN 65 /* with the final NUL, as all of them */
 #define KEEPER_DEVICE_LEN 40
 #define KEEPER_TEXT_LEN   512
 #define KEEPER_NOTE_LEN   64
+
+_Static_assert(
+	KEEPER_FDS_MAX >= KEEPER_LISTENERS_MAX && KEEPER_FDS_MAX >= 2 * KEEPER_CONNECTIONS_MAX + 1,
+	"all sockets, and a device's connections with its journal");
 
 enum keeper_word {
 	/* Requests of the server; each gets an ANSWER with its id. */
@@ -42,10 +48,11 @@ enum keeper_word {
 	KEEPER_USERS,   /* force: without opening it. An error says who uses it */
 	KEEPER_RELEASE, /* force */
 	KEEPER_FREE,    /* force: what is on it is lost, so it is disconnected in any case */
-	KEEPER_FORGET,  /* all listening sockets but those of the service manager */
-	KEEPER_KEEP,    /* a listening socket: the next server gets it too */
-	KEEPER_NOTE,    /* export, text: for the servers to come; no text: no note */
+	KEEPER_KEEP, /* listening sockets: the next server gets these and those of the service manager */
+	KEEPER_NOTE, /* export, text: for the servers to come; no text: no note */
 	KEEPER_READ, /* slot. Answer: the first note at or after it, with its slot; -ENOENT: none */
+	/* Two sealed memories: the next server gets them, from when this one is ready. */
+	KEEPER_CONFIG,
 	/* force: also if it is the one that runs (else -EALREADY). */
 	KEEPER_UPGRADE, /* start the program that is installed now when this server has ended */
 

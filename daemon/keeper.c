@@ -45,7 +45,6 @@
 #include "base/util.h"
 #include "daemon/keeper_private.h"
 #include "daemon/kernel.h"
-#include "daemon/listen.h"
 
 #define NS_PER_SEC        UINT64_C(1000000000)
 #define EARLY_NS          (2 * NS_PER_SEC) /* a server that lives longer did not die of its start */
@@ -125,6 +124,7 @@ static void start_server(struct life *life)
 	int pair[2];
 
 	life->start_at_ns = NEVER;
+	kept_config_forget_next(&keeper->config);
 	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair)) {
 		log_error("keeper: socketpair: %s", strerror(errno));
 		life->start_at_ns = now_ns() + NS_PER_SEC;
@@ -135,6 +135,7 @@ static void start_server(struct life *life)
 		.argv = life->argv,
 		.sock = pair[1],
 		.listeners = &keeper->listeners,
+		.config = &keeper->config,
 	};
 	pid_t pid = keeper_spawn(&spawn);
 	close(pair[1]);
@@ -332,6 +333,7 @@ static void server_ready(struct life *life)
 {
 	life->phase = SERVING;
 	life->alive_ns = now_ns();
+	kept_config_is_in_force(&life->keeper.config);
 	if (life->trying) {
 		log_info("keeper: the new program serves");
 		close(life->program);
@@ -425,46 +427,6 @@ static void claim(struct life *life, const struct keeper_message *request, struc
 	keeper_say(&life->keeper, KEEPER_ANSWER, &answer, NULL, 0);
 }
 
-static void keep(struct life *life, const struct keeper_message *request, struct keeper_fds *fds)
-{
-	struct keeper_message answer = { .id = request->id, .ret = -EINVAL };
-	struct listeners *listeners = &life->keeper.listeners;
-
-	if (fds->count == 1)
-		answer.ret = listeners_add(listeners, fds->fd[0], LISTEN_KEPT);
-	if (!answer.ret) {
-		store_put_listener(fds->fd[0]);
-		fds->count = 0;
-	}
-	keeper_say(&life->keeper, KEEPER_ANSWER, &answer, NULL, 0);
-}
-
-static void forget(struct life *life, const struct keeper_message *request, struct keeper_fds *fds)
-{
-	const struct keeper_message answer = { .id = request->id };
-
-	listeners_forget(&life->keeper.listeners, fds);
-	keeper_say(&life->keeper, KEEPER_ANSWER, &answer, NULL, 0);
-}
-
-static void write_note(struct life *life, const struct keeper_message *request)
-{
-	const struct keeper_message answer = {
-		.id = request->id,
-		.ret = notes_write(&life->keeper.notes, request),
-	};
-
-	keeper_say(&life->keeper, KEEPER_ANSWER, &answer, NULL, 0);
-}
-
-static void read_note(struct life *life, const struct keeper_message *request)
-{
-	struct keeper_message answer = { .id = request->id };
-
-	answer.ret = notes_read(&life->keeper.notes, request->slot, &answer);
-	keeper_say(&life->keeper, KEEPER_ANSWER, &answer, NULL, 0);
-}
-
 static void handle(struct life *life, const struct keeper_message *said, struct keeper_fds *fds)
 {
 	switch (said->word) {
@@ -481,14 +443,14 @@ static void handle(struct life *life, const struct keeper_message *said, struct 
 	case KEEPER_RELEASE:
 	case KEEPER_FREE:
 		return devices_request(&life->keeper, said, fds);
-	case KEEPER_FORGET:
-		return forget(life, said, fds);
 	case KEEPER_KEEP:
-		return keep(life, said, fds);
+		return listeners_keep(&life->keeper, said, fds);
 	case KEEPER_NOTE:
-		return write_note(life, said);
+		return notes_write(&life->keeper, said);
 	case KEEPER_READ:
-		return read_note(life, said);
+		return notes_read(&life->keeper, said);
+	case KEEPER_CONFIG:
+		return kept_config_take(&life->keeper, said, fds, life->phase == SERVING);
 	case KEEPER_UPGRADE:
 		return prepare_upgrade(life, said);
 	case KEEPER_READY:
@@ -782,6 +744,7 @@ int keeper_run(char *const *argv)
 		.upgrade_until_ns = NEVER,
 		.deaf_until_ns = NEVER,
 	};
+	kept_config_init(&life->keeper.config);
 	prctl(PR_SET_NAME, "blkstackd"); /* who attached the devices, for all who look */
 	if (kernel_guard_reclaim(true, &err))
 		log_debug("keeper: %s", err.text); /* the server warns, if it has devices */
@@ -793,8 +756,10 @@ int keeper_run(char *const *argv)
 	while (!life->done)
 		turn(life);
 	devices_free(&life->keeper, life->leaving);
-	if (!life->leaving)
+	if (!life->leaving) {
 		store_forget_listeners(); /* their files are gone, and the store may outlive this */
+		kept_config_drop(&life->keeper.config);
+	}
 	return life
 		->status; /* which is not freed: threads that hang, or wait for work, look at it */
 }

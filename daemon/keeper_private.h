@@ -85,8 +85,15 @@ struct listeners {
 
 /* Takes fd over. */
 int listeners_add(struct listeners *listeners, int fd, const char *name);
-/* Those that listeners_add() got as LISTEN_KEPT; adds their descriptors to those of a message. */
-void listeners_forget(struct listeners *listeners, struct keeper_fds *fds);
+/*
+ * KEEP: those that the server has bound, in place of those before, at once. Answers: 0; -EINVAL, -ENOSPC, and nothing is
+ * changed. The descriptors of those before come into the message: a client may have put into one of them what takes its
+ * time to close.
+ */
+void listeners_keep(
+	struct keeper *keeper, const struct keeper_message *request, struct keeper_fds *fds);
+/* How many of them came by KEEP. */
+unsigned listeners_kept_count(const struct listeners *listeners);
 _Static_assert(KEEPER_LISTENERS_MAX + KEEPER_FDS_MAX <= ARRAY_LEN(((struct keeper_fds *)0)->fd),
 	"they fit beside those of a message");
 
@@ -121,10 +128,34 @@ struct notes {
 	} items[KEEPER_NOTES_MAX];
 };
 
-/* 0; -ENOSPC, -EINVAL. */
-int notes_write(struct notes *notes, const struct keeper_message *request);
-/* -ENOENT: no more. Fills in slot, export and text. */
-int notes_read(const struct notes *notes, uint32_t slot, struct keeper_message *answer);
+/* NOTE. Answers: 0; -ENOSPC, -EINVAL. */
+void notes_write(struct keeper *keeper, const struct keeper_message *request);
+/* READ. Answers with slot, export and text; -ENOENT: no more. */
+void notes_read(struct keeper *keeper, const struct keeper_message *request);
+
+/* --- the configuration in force: keeper-config.c ------------------------------------------------ */
+
+/* Its settings and its exports, as the server gave them: sealed memory that the keeper does not look into. */
+struct kept_config {
+	int fds[2];       /* of the server that was ready last; -1: nothing is known */
+	int next[2];      /* of one that is not ready yet */
+	bool from_before; /* fds: left by another start of the service */
+	unsigned long settings, exports; /* numbers in the store: when they came; 0: not there */
+};
+
+void kept_config_init(struct kept_config *config);
+/* CONFIG. ready: who sends it. Answers. */
+void kept_config_take(struct keeper *keeper, const struct keeper_message *request,
+	struct keeper_fds *fds, bool ready);
+/* Who sent what is to come is ready. */
+void kept_config_is_in_force(struct kept_config *config);
+/* Another server starts: what the last one sent and never was ready for is not in force. */
+void kept_config_forget_next(struct kept_config *config);
+/* Among the descriptors that the store had, from first on under these names. Takes what is its own. */
+void kept_config_find(struct kept_config *config, int first, char *const *names, int count);
+/* Nothing is left that it belongs to. */
+void kept_config_drop(struct kept_config *config);
+bool kept_config_is_known(const struct kept_config *config);
 
 /* --- the service manager's store: keeper-store.c ----------------------------------------------- */
 
@@ -139,7 +170,15 @@ void store_put_listener(int fd);
 void store_forget_listeners(void);
 /* Whether no device dies with the keeper. */
 bool store_has_all(const struct keeper *keeper);
-/* How many descriptors have to be in it, those of devices and listening sockets. */
+/* Under the numbers that it has. */
+void store_put_settings(const struct kept_config *config);
+void store_put_exports(const struct kept_config *config);
+void store_forget_settings(const struct kept_config *config);
+void store_forget_exports(const struct kept_config *config);
+/* Reads the numbers out of a name. */
+bool store_is_settings(const char *name, unsigned long *settings);
+bool store_is_exports(const char *name, unsigned long *exports, unsigned long *settings);
+/* How many descriptors have to be in it, those of devices and listening sockets, and the configuration. */
 unsigned store_count(const struct keeper *keeper);
 /* At the start: devices and listening sockets that the service manager passed. */
 void store_take_over(struct keeper *keeper);
@@ -156,9 +195,10 @@ struct keeper_spawn {
 	char *const *argv; /* of the server, without the number of its socket */
 	int sock;          /* the server's end */
 	const struct listeners *listeners;
+	const struct kept_config *config;
 };
 
-/* The pid, or -errno. The new process has the listeners from descriptor 3 on, then sock. */
+/* The pid, or -errno. The new process has the listeners from descriptor 3 on, then sock, then the config if there is one. */
 pid_t keeper_spawn(const struct keeper_spawn *spawn);
 
 /* --- the whole: keeper.c ---------------------------------------------------------------------- */
@@ -168,6 +208,7 @@ struct keeper {
 	struct listeners listeners;
 	struct notes notes;
 	struct closers closers;
+	struct kept_config config;
 	pid_t server;       /* 0: none runs */
 	uint64_t server_id; /* counts servers, from 1 */
 	int sock;           /* to the server that runs, or -1 */

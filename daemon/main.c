@@ -65,6 +65,8 @@ static int parse_args(int argc, char **argv, struct args *args)
 		/* Between our own processes. */
 		{ "keeper", no_argument, NULL, 'K' },
 		{ "server", required_argument, NULL, 'S' },
+		{ "in-force", required_argument, NULL, 'F' },
+		{ "before", required_argument, NULL, 'B' },
 		{},
 	};
 	int option;
@@ -95,6 +97,12 @@ static int parse_args(int argc, char **argv, struct args *args)
 			break;
 		case 'S':
 			args->server = atoi(optarg);
+			break;
+		case 'F':
+		case 'B':
+			args->source.in_force.settings = atoi(optarg);
+			args->source.in_force.exports = atoi(optarg) + 1;
+			args->source.restarted = option == 'B';
 			break;
 		case 'V':
 			puts("blkstackd " BLKSTACK_VERSION);
@@ -135,8 +143,9 @@ static void guard_reclaim(const struct config *config)
 }
 
 /* Takes the config over. */
-static int run(const struct config_source *source, struct config *config, int keeper_sock)
+static int run(const struct config_source *source, struct config_start *start, int keeper_sock)
 {
+	const struct config *config = start->config;
 	struct err err;
 
 	config_apply_log_level(config);
@@ -147,7 +156,7 @@ static int run(const struct config_source *source, struct config *config, int ke
 			config->path);
 	guard_reclaim(config);
 	mallopt(M_ARENA_MAX, 1); /* hardly anything is allocated while serving */
-	if (!daemon_run(source, config, keeper_sock, &err))
+	if (!daemon_run(source, start, keeper_sock, &err))
 		return EXIT_SUCCESS;
 	log_error("%s", err.text);
 	return EXIT_FAILURE;
@@ -206,10 +215,14 @@ static int be_keeper(int argc, char **argv)
 }
 
 /* What the keeper passes looks like a service manager's, but for what it could not know. */
-static void be_server(void)
+static void be_server(const struct in_force *in_force)
 {
 	char pid[16];
 
+	if (in_force->settings >= 0) {
+		fcntl(in_force->settings, F_SETFD, FD_CLOEXEC);
+		fcntl(in_force->exports, F_SETFD, FD_CLOEXEC);
+	}
 	snprintf(pid, sizeof(pid), "%d", (int)getpid());
 	setenv("LISTEN_PID", pid, 1);
 	prctl(PR_SET_NAME, "blkstackd:serve");
@@ -217,8 +230,8 @@ static void be_server(void)
 
 int main(int argc, char **argv)
 {
-	struct args args = { .server = -1 };
-	struct config *config;
+	struct args args = { .server = -1, .source.in_force = { -1, -1 } };
+	struct config_start start;
 	struct err err;
 
 	open_standard_fds();
@@ -230,15 +243,18 @@ int main(int argc, char **argv)
 	if (args.keeper)
 		return be_keeper(argc, argv);
 	if (args.server >= 0)
-		be_server();
+		be_server(&args.source.in_force);
 	/* Devices of a start before this one wait, also for a config that is mended. */
 	if (args.server < 0 && store_has_anything())
 		return become_keeper(argc, argv);
-	if (config_source_load(&args.source, &config, &err)) {
+	if (config_source_start(&args.source, &start, &err)) {
+		config_start_free(&start);
 		log_error("%s", err.text);
 		return EXIT_FAILURE;
 	}
-	if (!config->keeper || args.server >= 0)
-		return run(&args.source, config, args.server);
+	if (args.source.in_force.settings >= 0)
+		close(args.source.in_force.exports);
+	if (!start.config->keeper || args.server >= 0)
+		return run(&args.source, &start, args.server);
 	return become_keeper(argc, argv);
 }

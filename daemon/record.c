@@ -9,7 +9,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <inttypes.h>
 #include <libgen.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,6 +18,7 @@
 #include <unistd.h>
 
 #include "base/cleanup.h"
+#include "daemon/config-write.h"
 
 #define RECORD_MAX_BYTES (1U << 20)
 
@@ -50,53 +50,6 @@ char *record_path(const struct config *config, const char *export)
 
 /* --- writing ---------------------------------------------------------------------------------- */
 
-static void write_text(const char *text, FILE *out)
-{
-	fputc('"', out);
-	for (; *text; text++) {
-		if (*text == '"' || *text == '\\')
-			fprintf(out, "\\%c", *text);
-		else if ((unsigned char)*text < ' ')
-			fprintf(out, "\\x%02x", (unsigned char)*text);
-		else
-			fputc(*text, out);
-	}
-	fputc('"', out);
-}
-
-static void write_value(const struct conf *value, int depth, FILE *out)
-{
-	bool group = value->type == CONF_GROUP;
-
-	switch (value->type) {
-	case CONF_BOOL:
-		fputs(value->boolean ? "true" : "false", out);
-		return;
-	case CONF_INT:
-		fprintf(out, "%" PRId64, value->integer);
-		return;
-	case CONF_STRING:
-		write_text(value->string, out);
-		return;
-	case CONF_LIST:
-	case CONF_GROUP:
-		break;
-	}
-	fputs(group ? "{" : "(", out);
-	for (size_t i = 0; i < value->item_count; i++) {
-		const struct conf *item = value->items[i];
-
-		fputs(i && !group ? "," : "", out);
-		if (group)
-			fprintf(out, " %s = ", item->name);
-		else
-			fprintf(out, "\n%*s", 2 * (depth + 1), "");
-		write_value(item, depth + 1, out);
-		fputs(group ? ";" : "", out);
-	}
-	fputs(group ? " }" : " )", out);
-}
-
 static void write_record(const char *export, const char *reason, const struct conf *instead_of,
 	const struct conf *stack, FILE *out)
 {
@@ -105,13 +58,13 @@ static void write_record(const char *export, const char *reason, const struct co
 	      "# What the export is served from since it was changed while it ran:\n",
 		out);
 	fputs("export = ", out);
-	write_text(export, out);
+	config_write_text(export, out);
 	fputs(";\nreason = ", out);
-	write_text(reason, out);
+	config_write_text(reason, out);
 	fprintf(out, ";\ntime = %lld;\nstack = ", (long long)time(NULL));
-	write_value(stack, 0, out);
+	config_write_value(stack, out);
 	fputs(";\n# as long as the config says:\ninstead-of = ", out);
-	write_value(instead_of, 0, out);
+	config_write_value(instead_of, out);
 	fputs(";\n", out);
 }
 

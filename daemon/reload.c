@@ -4,8 +4,9 @@
  * First everything is found out that can be without a change: the file is read and checked whole, with the
  * exports that came by hand; the steps are listed (config-diff.c); those that would take something from
  * somebody are refused, and one refusal refuses the whole. New sockets are bound, certificates read. Then exports
- * go, change and come, in this order. Only the last part cannot fail: what remains is changed over, and the
- * old config freed, but for what open stacks still need of it.
+ * go, change and come, in this order. Between what goes and what comes the next server is told what is in force: at
+ * no instant does a device have another stack than it would find there. Only the last part cannot fail: what remains
+ * is changed over, and the old config freed, but for what open stacks still need of it.
  *
  * Failure modes: a step can still fail half-way, by a disk that does not open, a device that somebody took, a mount
  * that came after the look. Then the steps are undone, last one first; what cannot be undone (an export that
@@ -15,6 +16,8 @@
 #include "daemon/reload.h"
 
 #include <errno.h>
+#include <stdarg.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -37,6 +40,7 @@ struct reload {
 	struct config_diff diff;
 	struct nbd_door_change *nbd_door;
 	struct control_change *control;
+	int settings; /* of next, for the next server; -1: they stay */
 };
 
 /* --- what runs -------------------------------------------------------------------------------- */
@@ -290,7 +294,7 @@ static suspends int undo_take_away(
 	struct export *export = export_find(daemon, step->name);
 	int ret = 0;
 
-	if (!step->from)
+	if (!step->from || (export && export->opened == step->to))
 		return 0;
 	if (!export) {
 		ret = export_start(daemon, step->from, &export, err);
@@ -320,12 +324,26 @@ static suspends void each_undone(struct reload *reload, step_fn *fn)
 
 static suspends void go_back(struct reload *reload)
 {
+	struct err err;
+
 	each_undone(reload, undo_bring);
+	if (daemon_leave_config(reload->daemon, reload->daemon->config, -1, &err))
+		log_error("reload: what was changed cannot be undone: %s", err.text);
 	each_undone(reload, undo_take_away);
 	put_in_order(reload->daemon, reload->daemon->config);
 }
 
 /* --- changing over ---------------------------------------------------------------------------- */
+
+static void take_configs(struct daemon *daemon, const struct config *config)
+{
+	for (size_t i = 0; i < config->export_count; i++) {
+		struct export *export = export_find(daemon, config->exports[i]->name);
+
+		export_set_config(export, config->exports[i]);
+		export->by_hand = false;
+	}
+}
 
 static void change_over(struct reload *reload)
 {
@@ -336,14 +354,13 @@ static void change_over(struct reload *reload)
 	control_commit(reload->control);
 	reload->nbd_door = NULL;
 	reload->control = NULL;
-	for (size_t i = 0; i < reload->next->export_count; i++) {
-		struct export *export = export_find(daemon, reload->next->exports[i]->name);
-
-		export_set_config(export, reload->next->exports[i]);
-		export->by_hand = false;
-	}
+	if (daemon->settings >= 0)
+		close(daemon->settings);
+	daemon->settings = take_fd(&reload->settings);
+	take_configs(daemon, reload->next);
 	put_in_order(daemon, reload->next);
 	daemon->config = reload->next;
+	daemon->config_note[0] = '\0';
 	daemon_apply_config(daemon);
 	reload->next = NULL;
 	config_free(old);
@@ -370,22 +387,38 @@ static suspends int prepare(struct reload *reload, struct err *err)
 	struct daemon *daemon = reload->daemon;
 	int ret = nbd_door_prepare(daemon->nbd_door, reload->next, &reload->nbd_door, err);
 
-	return ret ? ret : control_prepare(daemon->control, reload->next, &reload->control, err);
+	if (!ret)
+		ret = control_prepare(daemon->control, reload->next, &reload->control, err);
+	if (ret || !daemon->keeper)
+		return ret;
+	reload->settings = in_force_settings(reload->next, err);
+	return reload->settings < 0 ? reload->settings : 0;
+}
+
+static suspends int change_exports(struct reload *reload, struct err *err)
+{
+	struct daemon *daemon = reload->daemon;
+	int ret = each_export(reload, take_away, err);
+
+	if (!ret) {
+		daemon->unknown = false; /* who reloads has decided */
+		ret = daemon_leave_config(daemon, reload->next, reload->settings, err);
+	}
+	if (!ret)
+		ret = each_export(reload, bring, err);
+	if (ret)
+		go_back(reload);
+	return ret;
 }
 
 static suspends int apply(struct reload *reload, struct err *err)
 {
 	int ret = prepare(reload, err);
 
-	if (ret)
-		return ret;
-	ret = each_export(reload, take_away, err);
 	if (!ret)
-		ret = each_export(reload, bring, err);
+		ret = change_exports(reload, err);
 	if (!ret)
 		change_over(reload);
-	else
-		go_back(reload);
 	return ret;
 }
 
@@ -399,6 +432,12 @@ static void log_steps(const struct config_diff *diff)
 	}
 	if (!diff->step_count)
 		log_info("reload: nothing changed");
+}
+
+static suspends void review_records(struct daemon *daemon)
+{
+	list_for_each (link, &daemon->exports)
+		export_review_record(list_entry(link, struct export, link));
 }
 
 /* Reads the file, and finds the steps. */
@@ -434,8 +473,7 @@ static suspends int reload_locked(
 		if (ret)
 			return ret;
 		log_steps(&reload->diff);
-		list_for_each (link, &daemon->exports)
-			export_review_record(list_entry(link, struct export, link));
+		review_records(daemon);
 	}
 	*steps = config_diff_json(&reload->diff);
 	return 0;
@@ -447,11 +485,13 @@ static void reload_fini(struct reload *reload)
 	control_discard(reload->control);
 	config_diff_fini(&reload->diff);
 	config_free(reload->next);
+	if (reload->settings >= 0)
+		close(reload->settings);
 }
 
 suspends int reload(struct daemon *daemon, bool dry_run, json_t **steps, struct err *err)
 {
-	struct reload reload = { .daemon = daemon };
+	struct reload reload = { .daemon = daemon, .settings = -1 };
 	int ret = daemon_begin_change(daemon, err);
 
 	*steps = NULL;
@@ -469,18 +509,112 @@ suspends int reload(struct daemon *daemon, bool dry_run, json_t **steps, struct 
 	return ret;
 }
 
-suspends int reload_check(struct daemon *daemon, struct err *err)
-{
-	struct reload reload = { .daemon = daemon };
-	bool root = !geteuid();
-	int ret = compare(&reload, err);
+/* --- a config file that is not in force --------------------------------------------------------- */
 
+static __attribute__((format(printf, 2, 3))) void note(struct daemon *daemon, const char *fmt, ...)
+{
+	va_list ap;
+
+	va_start(ap, fmt);
+	vsnprintf(daemon->config_note, sizeof(daemon->config_note), fmt, ap);
+	va_end(ap);
+	log_warning("%s", daemon->config_note);
+}
+
+/* A device that waits for its disk must not get another one without being asked. */
+static int check_waiting(struct reload *reload, struct err *err)
+{
+	struct daemon *daemon = reload->daemon;
+
+	for (size_t i = 0; i < reload->diff.step_count; i++) {
+		const struct config_step *step = &reload->diff.steps[i];
+
+		if (step->action != CONFIG_ADD || step->subject != CONFIG_EXPORT)
+			continue;
+		for (size_t j = 0; j < daemon->config->export_count; j++) {
+			const struct config_export *last = daemon->config->exports[j];
+
+			if (!strcmp(last->name, step->name) &&
+				!conf_equal(last->stack, step->to->stack))
+				return err_set(err, EBUSY,
+					"export \"%s\": its stack changed, and the old one does "
+					"not "
+					"open yet: reload if the new one is the same disk",
+					step->name);
+		}
+	}
+	return 0;
+}
+
+/* As change_over(), of the exports alone. */
+static void change_over_exports(struct daemon *daemon, struct config *later)
+{
+	struct config *config = daemon->config;
+	const struct config was = *config;
+
+	take_configs(daemon, later);
+	config->exports = later->exports;
+	config->export_count = later->export_count;
+	later->exports = was.exports;
+	later->export_count = was.export_count;
+	put_in_order(daemon, config);
+}
+
+suspends void reload_exports_of_file(struct daemon *daemon)
+{
+	struct config *later = take_ptr(daemon->later);
+	struct config next = *daemon->config;
+	struct reload reload = { .daemon = daemon, .next = &next, .settings = -1 };
+	struct err err;
+
+	next.exports = later->exports;
+	next.export_count = later->export_count;
+	/* From now on the next server gets what we leave it. */
+	keeper_tell(daemon->keeper, KEEPER_READY, "%s", "");
+	int ret = check_together(daemon, next.exports, next.export_count, false, &err);
 	if (!ret)
-		ret = check_steps(&reload, err);
-	if (!ret && root)
-		ret = prepare(&reload, err);
+		make_diff(daemon, &next, &reload.diff);
+	if (!ret)
+		ret = check_waiting(&reload, &err);
+	if (!ret)
+		ret = check_steps(&reload, &err);
+	if (!ret)
+		ret = change_exports(&reload, &err);
+	if (!ret) {
+		change_over_exports(daemon, later);
+		log_steps(&reload.diff);
+		review_records(daemon);
+	} else {
+		note(daemon, "%s; the exports go on as before the restart", err.text);
+	}
+	config_diff_fini(&reload.diff);
+	config_free(later);
+}
+
+static suspends void look_at_file(void *arg)
+{
+	struct daemon *daemon = arg;
+	struct reload reload = { .daemon = daemon, .settings = -1 };
+	struct err err;
+
+	if (daemon_begin_change(daemon, &err))
+		return;
+	int ret = compare(&reload, &err);
+	/* An ordinary user need not be able to read it. */
+	if (ret && (ret != -EACCES || !geteuid()))
+		note(daemon, "%s; what was in force goes on", err.text);
+	else if (reload.diff.step_count)
+		note(daemon,
+			"%s has changed and is not reloaded; what was in force goes on (see "
+			"blkstackctl reload --dry-run)",
+			daemon->config->path);
 	reload_fini(&reload);
-	return ret == -EACCES && !root ? 0 : ret;
+	daemon_end_change(daemon);
+}
+
+void reload_look_at_file(struct daemon *daemon)
+{
+	co_start(look_at_file, daemon);
 }
 
 static suspends void signalled(void *arg)
@@ -504,6 +638,7 @@ void reload_by_signal(struct daemon *daemon)
 static suspends int add(struct daemon *daemon, struct config_export *config, struct err *err)
 {
 	struct export *export;
+	struct err again;
 	int ret;
 
 	if (export_find(daemon, config->name))
@@ -514,9 +649,14 @@ static suspends int add(struct daemon *daemon, struct config_export *config, str
 	if (ret)
 		return ret;
 	export->by_hand = true;
-	ret = attach(export, err);
-	if (ret)
-		export_remove(export, 0, true, NULL);
+	ret = daemon_leave_config(daemon, daemon->config, -1, err);
+	if (!ret)
+		ret = attach(export, err);
+	if (!ret)
+		return 0;
+	export_remove(export, 0, true, NULL);
+	if (daemon_leave_config(daemon, daemon->config, -1, &again))
+		log_error("%s", again.text);
 	return ret;
 }
 
@@ -550,6 +690,10 @@ suspends int reload_remove_export(
 	export = export_find(daemon, name);
 	ret = export ? export_remove(export, daemon_stop_timeout_ns(daemon), force, err)
 		     : err_set(err, ENOENT, "there is no export \"%s\"", name);
+	if (!ret) {
+		config_drop_export(daemon->config, name);
+		ret = daemon_leave_config(daemon, daemon->config, -1, err);
+	}
 	daemon_end_change(daemon);
 	return ret;
 }

@@ -22,11 +22,13 @@ struct daemon;
 suspends int reload(struct daemon *daemon, bool dry_run, json_t **steps, struct err *err);
 
 /*
- * Whether a server that starts now finds a file that it can start with, and takes nothing from anybody by it: an
- * error as reload(), as far as it can be found out without a change. Within daemon_begin_change(). What only
- * root may read or bind is not looked at by a server that is not root: its successor begins as root.
+ * At a start, before clients are let in: from the exports as they were before a restart to those of the file, in
+ * daemon->later. What is refused, and why, is logged, and everything goes on as it was.
  */
-suspends int reload_check(struct daemon *daemon, struct err *err);
+suspends void reload_exports_of_file(struct daemon *daemon);
+
+/* Starts to find out whether the file says something else than what is in force, which is logged and noted. */
+void reload_look_at_file(struct daemon *daemon);
 
 /* Starts one and returns; what comes of it is told in the log. */
 void reload_by_signal(struct daemon *daemon);

@@ -115,6 +115,9 @@ static enum ctl_exit run_version(struct ctl *ctl, const char **operands, int ope
 			printf("restarted by its keeper: %lld times; the last server: %s\n",
 				(long long)json_integer_value(json_object_get(info, "restarts")),
 				json_string_value(json_object_get(info, "last_end")));
+		if (json_is_string(json_object_get(info, "config_note")))
+			printf("config: %s\n",
+				json_string_value(json_object_get(info, "config_note")));
 	}
 	json_decref(info);
 	return status;

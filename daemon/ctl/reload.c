@@ -4,8 +4,7 @@
  * What to add is read here and sent as a text, so that a file is read with the rights of who asks; only its
  * name goes along, for the places of errors.
  *
- * "reload --upgrade" reloads first: a file that the daemon in use refuses would also keep its successor from
- * starting.
+ * "reload --upgrade" reloads first: a successor goes on with what is in force, and does not look at the file.
  */
 #include <errno.h>
 #include <stdio.h>

@@ -225,24 +225,58 @@ static void wrong_fds(void)
 		CHECK(ask(KEEPER_KEEP, &message, &not_listening[i], 1) == -EINVAL);
 	}
 	message = (struct keeper_message){};
-	CHECK(ask(KEEPER_KEEP, &message, NULL, 0) == -EINVAL);
-	const int two[] = { listener(), listener() };
-	CHECK(ask(KEEPER_KEEP, &message, two, 2) == -EINVAL);
+	const int mixed[] = { listener(), memory };
+	CHECK(ask(KEEPER_KEEP, &message, mixed, 2) == -EINVAL);
 	CHECK(ask(KEEPER_JOURNAL, &message, &memory, 1) == -EINVAL);
-	for (enum keeper_word word = KEEPER_HELLO; word <= KEEPER_FORGET; word++)
+	for (enum keeper_word word = KEEPER_HELLO; word <= KEEPER_FREE; word++)
 		ask(word, &message, not_listening, ARRAY_LEN(not_listening));
 }
 
+/* Each time instead of those before: the keeper has never more than that. */
 static void many_listeners(void)
 {
-	int ret = 0, fd = listener();
+	int fds[KEEPER_LISTENERS_MAX];
 
-	for (unsigned i = 0; i <= KEEPER_LISTENERS_MAX && !ret; i++) {
+	for (size_t i = 0; i < ARRAY_LEN(fds); i++)
+		fds[i] = listener();
+	for (int i = 0; i < 100; i++) {
 		struct keeper_message message = {};
 
-		ret = ask(KEEPER_KEEP, &message, &fd, 1);
+		CHECK(!ask(KEEPER_KEEP, &message, fds, ARRAY_LEN(fds)));
 	}
-	CHECK(ret == -ENOSPC);
+}
+
+/* Sealed memory of that size, with nothing in it that anybody could read as a config. */
+static int sealed(size_t size_bytes)
+{
+	int fd = memfd_create("config", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+
+	CHECK(fd >= 0 && write(fd, "exports = (((", 13) == 13 && !ftruncate(fd, (off_t)size_bytes));
+	CHECK(!fcntl(fd, F_ADD_SEALS, F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE));
+	return fd;
+}
+
+/* None is taken that could change, take long to close or be large; one that is nonsense does no harm: it is never in force. */
+static void foreign_config(void)
+{
+	int pair[2], memory = memfd_create("config", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+	int good = sealed(20), large = sealed((size_t)KEEPER_CONFIG_MAX_BYTES + 1);
+	struct keeper_message message = {};
+
+	CHECK(memory >= 0 && !socketpair(AF_UNIX, SOCK_STREAM, 0, pair));
+	const int bad[] = { STDERR_FILENO, memory, pair[0], sock, large };
+	for (size_t i = 0; i < ARRAY_LEN(bad); i++) {
+		const int fds[] = { good, bad[i] };
+		message = (struct keeper_message){};
+		CHECK(ask(KEEPER_CONFIG, &message, fds, 2) == -EINVAL);
+	}
+	const int goods[] = { good, good, good };
+	for (unsigned count = 0; count <= 3; count++) {
+		message = (struct keeper_message){};
+		CHECK(ask(KEEPER_CONFIG, &message, goods, count) == (count == 2 ? 0 : -EINVAL));
+	}
+	for (int i = 0; i < 1000; i++)
+		CHECK(!ask(KEEPER_CONFIG, &message, goods, 2));
 }
 
 static void many_notes(void)
@@ -407,7 +441,7 @@ static void check_keeper(pid_t keeper)
 	CHECK(is_denied((int)ptrace(PTRACE_SEIZE, keeper, NULL, NULL)));
 }
 
-/* Besides standard input and the like there are sockets to have, and nothing else that the keeper has open. */
+/* Besides standard input and the like there are sockets and the config to have, and nothing else that the keeper has open. */
 static void check_inherited(void)
 {
 	char path[64], target[512];
@@ -418,7 +452,8 @@ static void check_inherited(void)
 		if (len < 0)
 			continue;
 		target[len] = '\0';
-		if (!strncmp(target, "socket:", strlen("socket:")))
+		if (!strncmp(target, "socket:", strlen("socket:")) ||
+			!strcmp(target, "/memfd:blkstack-config (deleted)"))
 			continue;
 		fprintf(stderr, "HOSTILE: it was started with %d open, %s\n", fd, target);
 		exit(1);
@@ -527,6 +562,7 @@ static const struct {
 	{ "foreign_slots", foreign_slots },
 	{ "wrong_fds", wrong_fds },
 	{ "many_listeners", many_listeners },
+	{ "foreign_config", foreign_config },
 	{ "many_notes", many_notes },
 	{ "another_version", another_version },
 	{ "another_version_stops", another_version_stops },

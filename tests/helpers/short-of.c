@@ -4,6 +4,8 @@
  *
  *	threads		no thread can be made
  *	connections	no pair of connected stream sockets
+ *
+ * Or it is "0 servers": no server lives that a keeper starts, whatever its config says.
  */
 #include <dlfcn.h>
 #include <errno.h>
@@ -17,14 +19,14 @@
 
 #include "base/cleanup.h"
 
-static bool is_short_of(const char *what)
+static bool is_short_of(const char *what, int process)
 {
 	const char *path = getenv("SHORT_OF");
 	CLEANUP(file) FILE *file = path ? fopen(path, "re") : NULL;
 	char word[32] = "";
 	int pid = 0;
 
-	return file && fscanf(file, "%d %31s", &pid, word) == 2 && pid == getpid() &&
+	return file && fscanf(file, "%d %31s", &pid, word) == 2 && pid == process &&
 	       !strcmp(word, what);
 }
 
@@ -33,7 +35,7 @@ __attribute__((visibility("default"))) int pthread_create(
 {
 	static int (*real)(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *);
 
-	if (is_short_of("threads"))
+	if (is_short_of("threads", getpid()))
 		return EAGAIN;
 	if (!real)
 		*(void **)&real = dlsym(RTLD_NEXT, "pthread_create");
@@ -45,11 +47,20 @@ __attribute__((visibility("default"))) int socketpair(
 {
 	static int (*real)(int, int, int, int *);
 
-	if (!(type & ~(SOCK_STREAM | SOCK_CLOEXEC)) && is_short_of("connections")) {
+	if (!(type & ~(SOCK_STREAM | SOCK_CLOEXEC)) && is_short_of("connections", getpid())) {
 		errno = EMFILE;
 		return -1;
 	}
 	if (!real)
 		*(void **)&real = dlsym(RTLD_NEXT, "socketpair");
 	return real(domain, type, protocol, fds);
+}
+
+/* Before main(); the C library gives it what main() gets. */
+__attribute__((constructor)) static void end_early(int argc, char **argv)
+{
+	for (int i = 0; i < argc; i++)
+		if (!strncmp(argv[i], "--server=", strlen("--server=")) &&
+			is_short_of("servers", 0))
+			_exit(9);
 }

@@ -79,6 +79,15 @@ daemon_start() {
 	daemon_run
 }
 
+# Runs a command, and all that it starts, short of what $SCRATCH/short-of says then; see helpers/short-of.c.
+with_shortages() {
+	if grep -q __asan_init "$BUILD/blkstackd"; then
+		echo "a sanitizer's program takes no library that comes before it"
+		exit 77
+	fi
+	SHORT_OF=$SCRATCH/short-of LD_PRELOAD=$BUILD/tests/helpers/short-of.so "$@"
+}
+
 # Ends the daemon as systemd would; it must end by itself, and well.
 daemon_stop() {
 	local status=0
