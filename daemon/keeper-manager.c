@@ -1,5 +1,5 @@
 /*
- * What the service manager is about to do with us, asked when it says SIGTERM.
+ * The service manager: what it shows of us, and what it is about to do with us, asked when it says SIGTERM.
  *
  * systemd says the same for a stop and for a restart, and only its job knows which it is. It answers on a socket of
  * its own, which root may use, or else on the system's bus. In doubt it is a stop: then everything is flushed and given
@@ -105,4 +105,16 @@ bool manager_restarts(unsigned fd_count)
 	free(unit);
 	sd_bus_flush_close_unref(bus);
 	return restarts;
+}
+
+void manager_status(const char *text)
+{
+	char line[KEEPER_TEXT_LEN];
+	size_t len = 0;
+
+	/* What the server says is no word of ours. */
+	for (; *text && len + 1 < sizeof(line); text++)
+		line[len++] = (unsigned char)*text < ' ' ? ' ' : *text;
+	line[len] = '\0';
+	sd_notifyf(0, "STATUS=%s", line);
 }

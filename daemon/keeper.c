@@ -118,12 +118,25 @@ void keeper_say(struct keeper *keeper, enum keeper_word word, const struct keepe
 
 /* --- starting a server ------------------------------------------------------------------------ */
 
+/* True until that server speaks for itself, also in the pause before it. */
+static void say_starting(const struct life *life)
+{
+	char text[KEEPER_TEXT_LEN + 64];
+
+	if (life->stop_wanted)
+		return manager_status("Starting another server, to give the kernel devices back");
+	snprintf(text, sizeof(text), "Starting %s%s",
+		life->restarts ? "another server, the last one: " : "a server", life->last_end);
+	manager_status(text);
+}
+
 static void start_server(struct life *life)
 {
 	struct keeper *keeper = &life->keeper;
 	int pair[2];
 
 	life->start_at_ns = NEVER;
+	say_starting(life);
 	kept_config_forget_next(&keeper->config);
 	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair)) {
 		log_error("keeper: socketpair: %s", strerror(errno));
@@ -172,18 +185,6 @@ static void finish(struct life *life, int status)
 	life->status = status;
 }
 
-static void set_status_line(const char *text)
-{
-	char line[KEEPER_TEXT_LEN];
-	size_t len = 0;
-
-	/* One line: what the server says is no word of ours to the service manager. */
-	for (; *text && len + 1 < sizeof(line); text++)
-		line[len++] = (unsigned char)*text < ' ' ? ' ' : *text;
-	line[len] = '\0';
-	sd_notifyf(0, "STATUS=%s", line);
-}
-
 /* It says that nothing serves now, where somebody looks. */
 static void stop_trying(struct life *life)
 {
@@ -198,7 +199,7 @@ static void stop_trying(struct life *life)
 		life->keeper.devices.count == 1 ? " is" : "s are",
 		life->keeper.devices.count == 1 ? "s" : "");
 	log_error("keeper: %s (pid %d)", text, (int)getpid());
-	set_status_line(text);
+	manager_status(text);
 	if (!life->told_ready) /* a start that the service manager must not give up */
 		sd_notify(0, "EXTEND_TIMEOUT_USEC=" HOLD_US);
 	life->start_at_ns = NEVER;
@@ -212,7 +213,6 @@ static uint64_t pause_after(unsigned early_deaths)
 static void replace_dead(struct life *life)
 {
 	uint64_t now = now_ns();
-	char text[KEEPER_TEXT_LEN + 64];
 
 	life->restarts++;
 	life->early_deaths = now - life->started_ns < EARLY_NS ? life->early_deaths + 1 : 0;
@@ -223,9 +223,7 @@ static void replace_dead(struct life *life)
 	if (life->early_deaths >= EARLY_DEATHS_MAX)
 		return stop_trying(life);
 	life->start_at_ns = now + pause_ns;
-	snprintf(text, sizeof(text), "Starting another server, the last one died: %s",
-		life->last_end);
-	set_status_line(text);
+	say_starting(life);
 }
 
 static void drop_upgrade(struct life *life)
@@ -257,7 +255,7 @@ static void start_to_finish(struct life *life)
 	life->restarts++;
 	life->start_at_ns = now_ns() + pause_after(life->early_deaths);
 	log_info("keeper: starting another server, to give back what the kernel may have data for");
-	set_status_line("Starting another server, to give the kernel devices back");
+	say_starting(life);
 	sd_notify(0, "EXTEND_TIMEOUT_USEC=" FINISH_US);
 }
 
@@ -269,7 +267,7 @@ static void give_up(struct life *life, unsigned left)
 		"NOT FINISHED: no server lived to give back %u kernel device%s, the last one: %s",
 		left, left == 1 ? "" : "s", life->last_end);
 	log_error("keeper: %s", text);
-	set_status_line(text);
+	manager_status(text);
 	finish(life, EXIT_FAILURE);
 }
 
@@ -456,11 +454,11 @@ static void handle(struct life *life, const struct keeper_message *said, struct 
 	case KEEPER_READY:
 		return server_ready(life);
 	case KEEPER_STATUS:
-		return set_status_line(said->text);
+		return manager_status(said->text);
 	case KEEPER_RELOADING:
 		sd_notifyf(0, "RELOADING=1\nMONOTONIC_USEC=%llu",
 			(unsigned long long)(now_ns() / 1000));
-		return set_status_line(said->text);
+		return manager_status(said->text);
 	case KEEPER_ALIVE:
 		life->alive_ns = now_ns();
 		return;
@@ -527,7 +525,7 @@ static void reap_server(struct life *life)
 		return;
 	log_error("keeper: another server can be started only when what this one sent has closed; "
 		  "SIGTERM to this process (systemctl stop) ends the service without one");
-	set_status_line(
+	manager_status(
 		"NOT SERVING: what the last server sent does not close; another one starts when it "
 		"has. SIGTERM to this process (systemctl stop) ends the service without one");
 }

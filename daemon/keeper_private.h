@@ -187,6 +187,8 @@ void store_take_over(struct keeper *keeper);
 
 /* SIGTERM came: true if we are to be started again, and that many descriptors wait in the store. Blocks for a moment. */
 bool manager_restarts(unsigned fd_count);
+/* For whoever looks; one line, whatever is in it. */
+void manager_status(const char *text);
 
 /* --- the server: keeper-spawn.c --------------------------------------------------------------- */
 
