@@ -530,30 +530,26 @@ static void reap_server(struct life *life)
 		"has. SIGTERM to this process (systemctl stop) ends the service without one");
 }
 
+/* The operator says so: a program that was installed meanwhile may be what mends it. */
 static void try_again(struct life *life)
 {
+	int program = life->upgrade < 0 ? open_installed(life, false) : -1;
+
 	log_info("keeper: trying again to start a server");
+	if (program >= 0)
+		life->upgrade = program;
 	life->early_deaths = 0;
 	life->start_at_ns = now_ns();
 }
 
-/* The operator says so: a program that was installed meanwhile may be what mends it. */
-static void try_again_as_told(struct life *life)
-{
-	int program = life->upgrade < 0 ? open_installed(life, false) : -1;
-
-	if (program >= 0)
-		life->upgrade = program;
-	try_again(life);
-}
-
 static void stop(struct life *life)
 {
+	/* Once: the servers that it may take are counted from here on. */
+	if (!life->stop_wanted && life->keeper.server && now_ns() - life->started_ns >= EARLY_NS)
+		life->early_deaths = 0;
 	life->stop_wanted = true;
 	life->leaving = manager_restarts(store_count(&life->keeper));
 	log_info("keeper: the service %s", life->leaving ? "is restarted" : "stops");
-	if (life->keeper.server && now_ns() - life->started_ns >= EARLY_NS)
-		life->early_deaths = 0;
 	if (life->keeper.server)
 		stop_server(life);
 	else if (life->keeper.sock >= 0 || (life->leaving && store_has_all(&life->keeper)))
@@ -577,10 +573,10 @@ static void handle_signals(struct life *life)
 			stop(life);
 			break;
 		default:
-			if (!life->keeper.server)
-				try_again_as_told(life);
-			else if (info.ssi_signo == SIGHUP)
+			if (life->keeper.server && info.ssi_signo == SIGHUP)
 				keeper_say(&life->keeper, KEEPER_RELOAD, &word, NULL, 0);
+			else if (!life->keeper.server && !life->stop_wanted)
+				try_again(life);
 		}
 	}
 }
