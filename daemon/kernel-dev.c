@@ -301,6 +301,8 @@ void kernel_dev_end(struct kernel_dev *dev, int reason)
 	pthread_mutex_lock(&dev->mutex);
 	kernel_dev_end_fn *on_end = dev->on_end;
 
+	if (!reason && dev->released)
+		reason = KERNEL_DEV_RELEASED;
 	dev->state = ENDED;
 	dev->end_reason = reason;
 	pthread_cond_broadcast(&dev->changed);
@@ -695,6 +697,13 @@ static int prepare_release(struct kernel_dev *dev, bool force, struct err *err)
 	return 0;
 }
 
+static void set_released(struct kernel_dev *dev, bool released)
+{
+	pthread_mutex_lock(&dev->mutex);
+	dev->released = released;
+	pthread_mutex_unlock(&dev->mutex);
+}
+
 int kernel_dev_release(struct kernel_dev *dev, bool force, struct err *err)
 {
 	bool cut_off = is_cut_off(dev);
@@ -711,9 +720,12 @@ int kernel_dev_release(struct kernel_dev *dev, bool force, struct err *err)
 		ret = prepare_release(dev, force, err);
 	if (ret)
 		return ret;
+	set_released(dev, true);
 	ret = dev->how->disconnect(dev, err);
-	if (ret)
+	if (ret) {
+		set_released(dev, false);
 		return err_wrap(err, "/dev/%s", dev->name);
+	}
 	if (wait_until_ended(dev))
 		return 0;
 	dev->how->stop(dev);

@@ -14,6 +14,7 @@
  */
 #pragma once
 
+#include <errno.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -44,6 +45,8 @@ struct kernel_dev_opts {
 	uint16_t flags;         /* NBD transmission flags; those that the driver can use count */
 };
 
+#define KERNEL_DEV_RELEASED ECANCELED /* which the driver has no use for */
+
 /* Both ends of each connection. */
 struct kernel_ends {
 	unsigned count;
@@ -55,8 +58,8 @@ struct kernel_ends {
 
 /*
  * On success the ends are the caller's to serve and to close. on_end comes once, from another thread,
- * when the driver gives the device up for whatever reason, kernel_dev_release() included; reason is 0
- * (asked to) or an errno.
+ * when the driver gives the device up for whatever reason; reason is 0 (somebody asked it to), KERNEL_DEV_RELEASED
+ * (kernel_dev_release() did) or an errno.
  *
  * Errors: -ENODEV no driver or no such device, -EBUSY in use (says by whom) or none free, -EPERM,
  * -EINVAL for options out of range.

@@ -50,6 +50,7 @@ struct kernel_dev {
 	pthread_mutex_t mutex; /* of kernel_sock, quit, on_end, and what follows */
 	pthread_cond_t changed;
 	enum kernel_dev_state state;
+	bool released; /* the driver is being told */
 	int end_reason;
 	struct err claim_err; /* of a claim that failed */
 };

@@ -53,6 +53,8 @@ struct kernel_door {
 
 static const char *end_text(const struct kernel_door *door)
 {
+	if (door->hold.end_reason == KERNEL_DEV_RELEASED) /* for a server before this one */
+		return "a detach of it was under way";
 	return door->hold.end_reason ? strerror(door->hold.end_reason)
 				     : "another program disconnected it, or its connection broke";
 }

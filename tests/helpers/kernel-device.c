@@ -191,7 +191,7 @@ static void deaf(void)
 
 	CHECK(dev);
 	end(&server, dev);
-	CHECK(server.reason == 0);
+	CHECK(server.reason == KERNEL_DEV_RELEASED);
 }
 
 static void slow(void)
