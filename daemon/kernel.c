@@ -47,6 +47,7 @@ struct kernel_door {
 	struct nbd_journal *journal;
 	struct serving *connections;
 	struct co_group serving; /* connections, as seen from the main reactor */
+	unsigned open;           /* how many of them there are */
 };
 
 /* --- the end of a device ---------------------------------------------------------------------- */
@@ -109,6 +110,7 @@ struct serving {
 	struct kernel_door *door;
 	int fd;              /* without a journal */
 	unsigned connection; /* with one */
+	int ret;
 	char device[KERNEL_NAME_LEN + 8];
 };
 
@@ -124,11 +126,10 @@ static suspends void serve(void *arg)
 		.journal = door->journal,
 		.connection = serving->connection,
 	};
-	int ret = nbd_serve(door->nbd, &session);
-
-	if (ret < 0)
+	serving->ret = nbd_serve(door->nbd, &session);
+	if (serving->ret < 0)
 		log_error("export \"%s\": the connection with %s broke: %s", door->nbd->name,
-			serving->device, strerror(-ret));
+			serving->device, strerror(-serving->ret));
 	reactor_post(door->hold.reactor, &serving->left);
 }
 
@@ -137,11 +138,30 @@ static void serve_arrived(struct task *task)
 	co_start(serve, container_of(task, struct serving, arrived));
 }
 
+/* As the driver does when a request timed out, or by a fault of its own; a whole device it disconnects with a word. */
+static void connection_shut(const struct kernel_door *door)
+{
+	if (door->detaching || door->hold.ended)
+		return;
+	if (door->open)
+		log_warning("export \"%s\": the kernel closed a connection with %s: %u of %u are "
+			    "left, which is slower; nothing is lost",
+			door->nbd->name, door->device, door->open, door->hold.opts.connections);
+	else
+		log_warning("export \"%s\": the kernel closed the last connection with %s: its "
+			    "users wait or get errors",
+			door->nbd->name, door->device);
+}
+
 static void serve_left(struct task *task)
 {
 	struct serving *serving = container_of(task, struct serving, left);
+	struct kernel_door *door = serving->door;
 
-	co_group_leave(&serving->door->serving);
+	door->open--;
+	if (serving->ret == NBD_SHUT)
+		connection_shut(door);
+	co_group_leave(&door->serving);
 }
 
 /* All connections or none: who waits for their end waits for all. Without a journal it takes the server's ends over. */
@@ -152,6 +172,7 @@ static int start_serving(struct kernel_door *door, struct err *err)
 	door->connections = calloc(ends->count, sizeof(*door->connections));
 	if (!door->connections)
 		return err_set(err, ENOMEM, "out of memory");
+	door->open = ends->count;
 	for (unsigned i = 0; i < ends->count; i++) {
 		struct serving *serving = &door->connections[i];
 

@@ -239,6 +239,8 @@ static suspends int serve(struct nbd_conn *conn)
 	conn_finish(conn);
 	if (is_parked(conn))
 		ret = NBD_PARKED;
+	else if (!ret && !conn->stopping)
+		ret = NBD_SHUT;
 	if (ret < 0)
 		log_debug("nbd: export \"%s\": client %s: %s", export->name, conn->peer,
 			strerror(-ret));

@@ -181,7 +181,7 @@ suspends int nbd_client(struct nbd_server *server, int fd, const struct nbd_visi
 		list_push_back(&server->sessions, &call.link);
 		co_call_on(export->home, serve, &call);
 		list_remove(&call.link);
-		ret = call.ret;
+		ret = MIN(call.ret, 0);
 		nbd_export_leave(export);
 	}
 	co_group_leave(&server->clients);

@@ -203,14 +203,15 @@ struct nbd_session {
 };
 
 /*
- * Home reactor. Serves until the client leaves. limits outlive the call, peer need not. 0, or -errno when
- * that was not at a boundary between requests.
+ * Home reactor. Serves until the client leaves. limits outlive the call, peer need not. 0, NBD_SHUT if it left at a
+ * boundary between requests without a word (NBD_CMD_DISC), or -errno.
  *
  * With a journal: goes on where the predecessor was. NBD_PARKED after nbd_export_close(): the socket is as it
  * was and the journal ready for a successor. After anything else the connection is over for good: the
  * socket, whoever else has a descriptor of it, was shut down, so that the driver sees the end.
  */
 #define NBD_PARKED 1
+#define NBD_SHUT   2
 suspends int nbd_serve(struct nbd_export *export, const struct nbd_session *session);
 
 /* --- a server: what the clients of all listeners can choose from ------------------------------ */
@@ -248,7 +249,7 @@ void nbd_server_stop(struct nbd_server *server);
  */
 suspends void nbd_server_close(struct nbd_server *server, uint64_t grace_ns);
 
-/* Takes fd over. 0 or -errno as nbd_serve(). */
+/* Takes fd over. 0: it left, with or without a word; or -errno as nbd_serve(). */
 suspends int nbd_client(struct nbd_server *server, int fd, const struct nbd_visitor *visitor);
 
 /* Clients that have not chosen an export yet, as "clients" of nbd_export_status(): "export" is null. */

@@ -257,7 +257,7 @@ START_TEST(test_half_close_is_answered)
 	ck_assert_uint_eq(rig_reply(fd, 1), NBD_SUCCESS);
 	rig_recv(fd, buf, sizeof(buf));
 	rig_expect_end(fd);
-	ck_assert_int_eq(rig_all_left(&rig), 0);
+	ck_assert_int_eq(rig_all_left(&rig), NBD_SHUT);
 }
 END_TEST
 
