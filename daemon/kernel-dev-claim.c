@@ -12,8 +12,7 @@
 #include "daemon/kernel-dev_private.h"
 #include "daemon/kernel-receivers.h"
 
-#define RECEIVERS_TIMEOUT_MS 2000 /* for the driver's receivers to begin: it takes a few ms */
-#define ATTEMPTS_MAX         4    /* with all connections */
+#define ATTEMPTS_MAX 4 /* with all connections */
 
 /* Whoever had a look at the device that was given back has it open for a moment. */
 #define BUSY_TIMEOUT_MS 5000
@@ -66,13 +65,10 @@ static int claim_again(
 	return ret;
 }
 
-/* What goes on from before has users, and repeats what it is not answered. */
+/* What goes on from before has users, who would see it go. */
 static bool is_fit(const struct kernel_dev *dev)
 {
-	unsigned count = dev->opts.connections;
-
-	return dev->adopted || count == 1 ||
-	       kernel_receivers_run(dev->name, count, RECEIVERS_TIMEOUT_MS);
+	return dev->adopted || kernel_receivers_run(dev->name, dev->opts.connections);
 }
 
 static int claim_fit(

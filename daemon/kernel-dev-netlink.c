@@ -37,11 +37,13 @@
 #include <unistd.h>
 
 #include "base/cleanup.h"
+#include "base/log.h"
 #include "base/util.h"
 #include "daemon/kernel-dev_private.h"
 #include "daemon/kernel-lock.h"
 #include "daemon/kernel-memory.h"
 #include "daemon/kernel-netlink.h"
+#include "daemon/kernel-receivers.h"
 
 #define STEP_MS          20
 #define BUSY_TIMEOUT_MS  2000  /* udev and friends have a device open for a moment */
@@ -265,7 +267,13 @@ static int replace_connections(struct kernel_dev *dev, struct err *err)
 	message.dead_timeout_s = dev->opts.dead_timeout_s;
 	for (unsigned i = 0; i < dev->opts.connections; i++)
 		kernel_netlink_unmark(dev->kernel_sock[i]);
-	return kernel_netlink_reconfigure(&message, err);
+	ret = kernel_netlink_reconfigure(&message, err);
+	if (!ret && !kernel_receivers_run(dev->name, dev->opts.connections))
+		log_warning("/dev/%s: the driver does not receive on all of its %u new "
+			    "connections: it repeats the requests on those after their time-out, "
+			    "%u s, on the others",
+			dev->name, dev->opts.connections, kernel_dev_driver_timeout_s(dev));
+	return ret;
 }
 
 /* Its last owner may be about to end. */

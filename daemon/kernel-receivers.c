@@ -25,7 +25,8 @@
 #include "base/process.h"
 #include "daemon/kernel-dev_private.h"
 
-#define STEP_MS 10
+#define TIMEOUT_MS 2000 /* for the driver's receivers to begin: it takes a few ms */
+#define STEP_MS    10
 
 /* The first thread of the kernel that starts others; it has this number wherever it can be seen. */
 #define KTHREADD_PID 2
@@ -56,15 +57,15 @@ static unsigned count_busy_with(const char *work)
 	return count;
 }
 
-bool kernel_receivers_run(const char *device, unsigned connections, unsigned wait_ms)
+bool kernel_receivers_run(const char *device, unsigned connections)
 {
 	char work[KERNEL_NAME_LEN + 8];
 	unsigned count = 0;
 
-	if (!kernel_threads_are_seen())
+	if (connections == 1 || !kernel_threads_are_seen())
 		return true;
 	snprintf(work, sizeof(work), "%s-recv", device);
-	for (unsigned waited_ms = 0; waited_ms <= wait_ms; waited_ms += STEP_MS) {
+	for (unsigned waited_ms = 0; waited_ms <= TIMEOUT_MS; waited_ms += STEP_MS) {
 		count = count_busy_with(work);
 		if (count >= connections)
 			return true;
