@@ -97,6 +97,17 @@ static int write_facts(const struct held *held)
 	return pwrite(held->stored, &facts, sizeof(facts), 0) == sizeof(facts) ? 0 : -EIO;
 }
 
+static void put_parts(const struct held *held)
+{
+	put_part(held, held->stored, "facts", -1);
+	for (unsigned i = 0; i < held->ends.count; i++) {
+		put_part(held, held->ends.server[i], "server", (int)i);
+		put_part(held, held->ends.driver[i], "driver", (int)i);
+	}
+	if (held->journal >= 0)
+		put_part(held, held->journal, "journal", -1);
+}
+
 void store_put_device(struct held *held)
 {
 	if (!getenv("NOTIFY_SOCKET") || kernel_dev_mode(held->dev) != KERNEL_DEV_NETLINK)
@@ -108,13 +119,7 @@ void store_put_device(struct held *held)
 		store_forget_device(held);
 		return;
 	}
-	put_part(held, held->stored, "facts", -1);
-	for (unsigned i = 0; i < held->ends.count; i++) {
-		put_part(held, held->ends.server[i], "server", (int)i);
-		put_part(held, held->ends.driver[i], "driver", (int)i);
-	}
-	if (held->journal >= 0)
-		put_part(held, held->journal, "journal", -1);
+	put_parts(held);
 }
 
 void store_put_journal(const struct held *held)
@@ -217,6 +222,21 @@ bool store_is_settings(const char *name, unsigned long *settings)
 bool store_is_exports(const char *name, unsigned long *exports, unsigned long *settings)
 {
 	return sscanf(name, EXPORTS, exports, settings) == 2;
+}
+
+/* The manager drops what it has already. Listening sockets the server has kept anew. */
+void store_put_again(const struct keeper *keeper)
+{
+	for (size_t i = 0; i < KEEPER_DEVICES_MAX; i++) {
+		const struct held *held = keeper->devices.slots[i];
+
+		if (held && held->stored >= 0)
+			put_parts(held);
+	}
+	if (kept_config_is_known(&keeper->config)) {
+		store_put_settings(&keeper->config);
+		store_put_exports(&keeper->config);
+	}
 }
 
 void store_put_listener(int fd)

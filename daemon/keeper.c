@@ -456,6 +456,7 @@ static void handle(struct life *life, const struct keeper_message *said, struct 
 	case KEEPER_STATUS:
 		return manager_status(said->text);
 	case KEEPER_RELOADING:
+		store_put_again(&life->keeper);
 		sd_notifyf(0, "RELOADING=1\nMONOTONIC_USEC=%llu",
 			(unsigned long long)(now_ns() / 1000));
 		return manager_status(said->text);

@@ -166,6 +166,8 @@ void store_put_journal(const struct held *held);
 void store_note_device(const struct held *held);
 /* Before it is freed. */
 void store_forget_device(struct held *held);
+/* All of these, for a manager that had no room for some (FileDescriptorStoreMax=), and may have it now. */
+void store_put_again(const struct keeper *keeper);
 void store_put_listener(int fd);
 void store_forget_listeners(void);
 /* Whether no device dies with the keeper. */
