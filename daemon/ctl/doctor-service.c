@@ -332,6 +332,16 @@ static void get_property(const char *output, const char *name, char value[64])
 	}
 }
 
+/* What the keeper gives it may have been refused; it would give back devices and sockets at a restart. */
+static bool store_is_full(const char *output)
+{
+	char stored[64], most[64];
+
+	get_property(output, "NFileDescriptorStore", stored);
+	get_property(output, "FileDescriptorStoreMax", most);
+	return *most && strtoul(stored, NULL, 10) >= strtoul(most, NULL, 10);
+}
+
 static void judge_unit(struct doctor *doctor, const char *output)
 {
 	char load[64], active[64], file[64], result[64];
@@ -362,6 +372,12 @@ static void judge_unit(struct doctor *doctor, const char *output)
 			"Write it; examples are in /usr/local/share/blkstack/examples.",
 			"the unit " UNIT
 			" is enabled, but starts only with a config in " UNIT_CONFIG);
+	else if (!strcmp(active, "active") && store_is_full(output))
+		doctor_find(doctor, DOCTOR_NOTE, "systemd",
+			"Raise FileDescriptorStoreMax= in the unit (systemctl edit blkstackd), "
+			"then\n"
+			"systemctl daemon-reload && systemctl reload blkstackd",
+			"the store of " UNIT " is full: a restart of it may detach devices in use");
 	else
 		doctor_find(doctor, DOCTOR_OK, "systemd", "", "the unit " UNIT " is %s and %s",
 			file, active);
@@ -370,7 +386,9 @@ static void judge_unit(struct doctor *doctor, const char *output)
 void doctor_check_systemd(struct doctor *doctor)
 {
 	static const char *const words[] = { "systemctl", "show", UNIT,
-		"--property=LoadState,ActiveState,UnitFileState,Result", NULL };
+		"--property=LoadState,ActiveState,UnitFileState,Result,"
+		"NFileDescriptorStore,FileDescriptorStoreMax",
+		NULL };
 	char output[4096];
 
 	if (!doctor_exists(doctor, "/run/systemd/system"))
